@@ -1,0 +1,1 @@
+"""Segmentation: data sets, model, loss, inference and metrics."""
