@@ -1,4 +1,4 @@
-"""What a segmentation data set is to the rest of the package."""
+"""What a segmentation data set is: anything with a length, classes and items of this one type."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+IGNORE_INDEX = 255
+"""The label value of pixels that count neither in the loss nor in the evaluation."""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its labels.
+    """One labelled image.
 
     Attributes:
-        image: uint8 (3, H, W), RGB.
-        label: uint8 (H, W), index into the data set's ``classes``; 255 marks pixels that are not scored.
-        name: stable within the data set, fit for a file name.
+        image: (3, H, W) uint8, RGB.
+        label: (H, W) uint8 class indices (trainIds), ``IGNORE_INDEX`` where a pixel does not count.
+        name: unique within its data set; used in messages, reports and picture file names.
     """
 
     image: torch.Tensor
@@ -25,10 +28,13 @@ class Sample:
 
 @runtime_checkable
 class SegmentationDataset(Protocol):
-    """Indexable images with labels. ``classes[i]`` names label ``i``."""
+    """Any map-style data set of labelled images. Reading an item twice gives the same bits."""
 
-    classes: tuple[str, ...]
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; the position is the class index found in labels."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
