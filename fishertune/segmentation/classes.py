@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from colorsys import hsv_to_rgb
 from types import MappingProxyType
 
-from fishertune.segmentation.datasets.base import IGNORE_INDEX
+IGNORE_INDEX = 255
+"""The label value of pixels that count neither in the loss nor in the evaluation."""
 
 CITYSCAPES_CLASSES: tuple[str, ...] = (
     "road",

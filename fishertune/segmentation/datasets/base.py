@@ -7,9 +7,6 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-IGNORE_INDEX = 255
-"""The label value of pixels that count neither in the loss nor in the evaluation."""
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -17,7 +14,7 @@ class Sample:
 
     Attributes:
         image: (3, H, W) uint8, RGB.
-        label: (H, W) uint8 class indices (trainIds), ``IGNORE_INDEX`` where a pixel does not count.
+        label: (H, W) uint8 class indices (trainIds), 255 (``classes.IGNORE_INDEX``) where a pixel does not count.
         name: unique within its data set; used in messages, reports and picture file names.
     """
 
