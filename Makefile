@@ -1,0 +1,46 @@
+# One command each: `make demo` sets everything up and runs the main job, `make test` sets everything up and checks it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup-done
+
+.PHONY: demo test lint types suite setup native bench gpu clean
+
+demo: setup
+	$(BIN)/fishertune demo
+
+test: lint types suite
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+suite: setup
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow and not gpu"
+
+setup: $(SETUP)
+
+# torch first and pinned: whatever asks for plain "torch" later is then satisfied. With an NVIDIA GPU the same pin takes
+# the CUDA build; TORCH_INDEX names another wheel index, e.g. the CPU one of the PyTorch project.
+$(SETUP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# Rebuilds the C++ library in place after a change in csrc/.
+native: setup
+	$(BIN)/python setup.py build_native
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+gpu: setup
+	$(BIN)/python benchmarks/gpu_acceptance.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/fishertune_kernels/lib

@@ -1,0 +1,211 @@
+"""The stages of Algorithm 1: warm up the decoder, estimate, select, tune, evaluate. Each resumes where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fishertune.domain import simulate_domain
+from fishertune.files import load_tensors, save_tensors
+from fishertune.fisher.posterior import make_estimator
+from fishertune.fisher.score import ScoreAverage
+from fishertune.methods import Method, get_method
+from fishertune.methods.base import TuneSettings
+from fishertune.partition import Partition
+from fishertune.segmentation.loss import SegmentationLoss
+from fishertune.segmentation.model import SegmentationModel
+from fishertune.segmentation.transforms import Normaliser
+from fishertune.selection import Growth, PaperThreshold, Selection, select
+from fishertune.train.checkpoint import load_checkpoint, save_checkpoint
+from fishertune.train.config import GrowthConfig, RunConfig
+from fishertune.train.data import BatchStream, RunData
+from fishertune.train.loop import Curve, LoopSettings, train
+from fishertune.train.progress import Reporter
+from fishertune.train.seeds import derive_seed, generator
+from fishertune.train.usage import Usage
+
+_BACKBONE = "backbone."
+
+
+@dataclass
+class Context:
+    """What every stage works on."""
+
+    config: RunConfig
+    model: SegmentationModel
+    normalise: Normaliser
+    data: RunData
+    device: torch.device
+    reporter: Reporter
+
+    def stream(self, stage: str, batch_size: int) -> BatchStream:
+        return BatchStream(
+            self.data.train, batch_size, seed=self.config.seed, stage=stage, config=self.config.augment
+        )
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """Cost and learning curve of a finished stage."""
+
+    usage: Usage
+    curve: Curve | None = None
+
+
+def warm_up(context: Context, path: Path) -> StageResult:
+    """T1: trains the decoder on the frozen backbone. ``path`` is checkpoint and result in one."""
+    config = context.config
+    settings = TuneSettings(
+        lr=0.0, head_lr=config.warmup.lr, betas=config.tune.betas, weight_decay=config.tune.weight_decay
+    )
+    optimizer = get_method("freeze").optimizer(context.model.backbone, context.model.decode_head, None, settings)
+    loop = LoopSettings("warm-up", config.warmup.steps, clip=config.tune.clip, poly_power=config.tune.poly_power)
+    return _train_stage(context, path, optimizer, None, loop, config.warmup.batch_size)
+
+
+def tune(context: Context, path: Path, method: Method, selection: Selection | None) -> StageResult:
+    """T3: trains what ``method`` trains. ``path`` is checkpoint and result in one."""
+    config = context.config.tune
+    settings = TuneSettings(
+        lr=config.lr,
+        head_lr=config.head_lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        growth=growth_schedule(config.growth, config.steps),
+    )
+    optimizer = method.optimizer(context.model.backbone, context.model.decode_head, selection, settings)
+    loop = LoopSettings(
+        "tuning", config.steps, config.accumulate, config.clip, config.poly_power, config.precision
+    )
+    return _train_stage(context, path, optimizer, selection, loop, config.batch_size)
+
+
+def growth_schedule(config: GrowthConfig | None, steps: int) -> Growth | PaperThreshold | None:
+    """The schedule a configuration asks for (Eq. 16); None keeps the whole selection active."""
+    if config is None:
+        return None
+    if config.shape == "paper":
+        return PaperThreshold(delta_min=config.end, delta_max=config.start, steps=steps)
+    return Growth(config.start, config.end, steps, config.shape)
+
+
+def _train_stage(
+    context: Context,
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    selection: Selection | None,
+    loop: LoopSettings,
+    batch_size: int,
+) -> StageResult:
+    curve, usage = Curve(), Usage()
+    if path.is_file():
+        earlier = load_checkpoint(path, context.model, optimizer, selection)
+        curve = Curve(**earlier["curve"])
+        usage = Usage(**earlier["usage"])
+    name = loop.stage
+
+    def checkpoint(step: int) -> None:
+        usage.stamp()
+        metadata = {"stage": name, "step": step, "curve": curve.to_plain(), "usage": usage.to_plain()}
+        save_checkpoint(path, context.model, optimizer, selection, metadata)
+
+    if len(curve.loss) < loop.steps or not path.is_file():
+        with usage, context.reporter.bar(name, loop.steps, len(curve.loss)) as bar:
+            train(
+                context.model,
+                optimizer,
+                context.stream(name, batch_size),
+                context.normalise,
+                loop,
+                curve=curve,
+                bar=bar,
+                checkpoint=checkpoint,
+                checkpoint_every=context.config.checkpoint_every,
+            )
+            if loop.steps == 0:
+                checkpoint(0)
+    return StageResult(usage, curve)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def estimate(context: Context, path: Path, checkpoint: Path, partition: Partition, kind: str) -> None:
+    """T2: scores of every candidate, averaged over the steps (Eq. 5, 7, 15), into ``path``.
+
+    The file's metadata holds the shares of the score's two terms and the cost of the stage.
+    """
+    if path.is_file():
+        return
+    estimation = Estimation(context, partition, kind)
+    steps = context.config.estimate.steps
+    done = estimation.restore(checkpoint) if checkpoint.is_file() else 0
+    context.model.eval()
+    stream = context.stream("estimation", context.config.estimate.batch_size)
+    with estimation.usage, context.reporter.bar("estimation", steps, done) as bar:
+        for step, (images, labels), _ in stream.iterate(done, steps):
+            estimation.update(step, (context.normalise(images.to(context.device)), labels.to(context.device)))
+            bar.advance()
+            if (step + 1) % context.config.checkpoint_every == 0 and step + 1 < steps:
+                estimation.save(checkpoint, step + 1)
+    scores = {name.removeprefix(_BACKBONE): value for name, value in estimation.average.scores.items()}
+    metadata = {
+        "kind": kind,
+        "steps": steps,
+        "term_shares": estimation.average.term_shares(),
+        "usage": estimation.usage.to_plain(),
+    }
+    save_tensors(path, scores, metadata)
+
+
+class Estimation:
+    """The running state of the estimation stage: the posterior on the source, on its shift, and their score."""
+
+    def __init__(self, context: Context, partition: Partition, kind: str) -> None:
+        config = context.config.estimate
+        self._context, self._config = context, config
+        self._statistics = DomainStatistics()
+        params = [_BACKBONE + name for name in dict.fromkeys(item.name for item in partition)]
+
+        def estimator(purpose: str) -> Estimator:
+            return make_estimator(
+                config.estimator,
+                gamma=config.gamma,
+                tau=config.tau,
+                params=params,
+                labels=config.labels,
+                seed=derive_seed(context.config.seed, "posterior", purpose),
+                **config.options,
+            )
+
+        # One seed for both: the same perturbation on x and x', so that their difference is the domain's alone.
+        self.source = estimator("theta")
+        self.shifted = estimator("theta") if kind != "f" else None
+        self.average = ScoreAverage(kind, gamma=config.gamma, tau=config.tau, eps=config.eps)
+        self.usage = Usage()
+
+    def update(self, step: int, batch: Batch) -> None:
+        """One of the T2 steps: the batch as it is, then under a fresh simulated shift, then the score."""
+        context, config = self._context, self._config
+        self.source.update(context.model, self._loss(step), batch)
+        c = 0.0
+        if self.shifted is not None:
+            draw = generator(context.config.seed, "shift", step)
+            with simulate_domain(
+                context.model.backbone, where=config.where, draw=config.draw, generator=draw, statistics=self._statistics
+            ) as shift:
+                self.shifted.update(context.model, self._loss(step), batch)
+            c = shift.c(config.c)
+        self.average.update(self.source.excess, self.shifted.excess if self.shifted else None, c)
+
+    def _loss(self, step: int) -> SegmentationLoss:
+        # x and x' draw the same labels where labels are sampled
+        return SegmentationLoss(generator=generator(self._context.config.seed, "labels", step))
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"source": self.source, "average": self.average, "statistics": self._statistics}
+        return parts if self.shifted is None else {**parts, "shifted": self.shifted}
