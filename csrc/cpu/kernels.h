@@ -1,0 +1,53 @@
+// The single-threaded kernels over one range of one tensor, compiled once per instruction set and called through a table.
+#pragma once
+
+#include <cstdint>
+
+#include "fishertune.h"
+
+namespace ft {
+
+struct SgvbConstants {
+  float prior_precision, half_sign, half_gamma, keep1, take1, keep2, take2, step_size, inv_sqrt_bias2, eps, floor;
+  uint64_t seed, noise_step;
+};
+
+struct AdamWConstants {
+  float take1, keep2, take2, decay, step_size, inv_sqrt_bias2, eps, grad_scale, active_threshold;
+};
+
+struct ScoreConstants {
+  float fisher_scale, ratio_scale, damping, inv_count;
+  bool first;
+};
+
+// Histogram counters are 32 bits wide and replicated, so that equal neighbours do not wait for each other's store.
+constexpr int kReplicas = 4;
+
+struct Kernels {
+  const char* name;
+  void (*squared_grad_accumulate)(float* accumulator, const void* grad, int64_t dtype, int64_t n, float weight);
+  void (*gaussian_perturb)(const void* param, const float* excess, void* out, int64_t dtype, int64_t n, float prior_precision,
+                           float sign, uint64_t seed, uint64_t step, uint64_t first_index);
+  void (*precision_update_natural)(float* excess, const void* squared_grad, int64_t dtype, int64_t n, float keep, float take);
+  void (*precision_update_sgvb)(float* excess, const void* grad, float* exp_avg, float* exp_avg_sq, int64_t dtype, int64_t n,
+                                const SgvbConstants& k, uint64_t first_index);
+  void (*dr_fim_score)(float* score, const void* fisher, const void* shifted, int64_t dtype, int64_t n,
+                       const ScoreConstants& k);
+  // `counters` holds kReplicas rows of `stride` counters; NaN goes to counter 2^bits of its row.
+  void (*key_histogram)(const void* score, int64_t dtype, int64_t n, int shift, int bits, uint32_t prefix_mask,
+                        uint32_t prefix, uint32_t* counters, int64_t stride);
+  void (*count_above)(const void* score, int64_t dtype, int64_t n, float value, int64_t* above, int64_t* equal);
+  // Writes base + i of every score above `value` and of the first `ties` equal to it.
+  void (*write_selected)(const void* score, int64_t dtype, int64_t n, float value, int64_t ties, int64_t base, void* index,
+                         int64_t index_dtype);
+  // Elements [begin, end) of the row's compact arrays.
+  void (*sparse_adamw)(const ft_adamw_row& row, int64_t begin, int64_t end, const AdamWConstants& k);
+};
+
+// Null where the build has no such version.
+extern const Kernels* const kPortable;
+extern const Kernels* const kAvx2;
+extern const Kernels* const kAvx512;
+
+}  // namespace ft

@@ -1,0 +1,41 @@
+// Body of portable.cpp, avx2.cpp and avx512.cpp: the same source under another set of compiler flags and another namespace.
+// Only headers without out-of-line inline functions are included, for the reason given in numeric.inl.
+
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace ft {
+namespace FT_ISA {
+
+#include "numeric.inl"
+
+#include "philox.inl"
+
+#include "elementwise.inl"
+
+#include "selection.inl"
+
+#include "sparse_adamw.inl"
+
+static constexpr Kernels table = {FT_ISA_NAME,
+                                  squared_grad_accumulate,
+                                  gaussian_perturb,
+                                  precision_update_natural,
+                                  precision_update_sgvb,
+                                  dr_fim_score,
+                                  key_histogram,
+                                  count_above,
+                                  write_selected,
+                                  sparse_adamw};
+
+}  // namespace FT_ISA
+
+const Kernels* const FT_ISA_TABLE = &FT_ISA::table;
+
+}  // namespace ft

@@ -1,0 +1,69 @@
+// AdamW on compact state. A block of elements is gathered into the first-level cache, stepped there by vector code and
+// scattered back; the lines of the blocks ahead are requested meanwhile, since scattered accesses defeat the hardware prefetcher.
+
+constexpr int64_t kGather = 128;
+constexpr int64_t kPrefetch = 256;  // elements ahead
+
+template <class Param, class Grad, class Index>
+static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, const AdamWConstants& k) {
+  Param* const param = static_cast<Param*>(row.param);
+  const Grad* const grad = static_cast<const Grad*>(row.grad);
+  const Index* const index = static_cast<const Index*>(row.index);
+  float p[kGather], g[kGather];
+  for (int64_t i = begin; i < end; i += kGather) {
+    const int64_t n = end - i < kGather ? end - i : kGather;
+    const Index* const at = index + i;
+    const int64_t ahead = row.count - i - kPrefetch < kGather ? row.count - i - kPrefetch : kGather;
+    for (int64_t j = 0; j < ahead; ++j) {
+      __builtin_prefetch(grad + at[kPrefetch + j], 0, 3);
+      __builtin_prefetch(param + at[kPrefetch + j], 1, 3);
+    }
+    for (int64_t j = 0; j < n; ++j) g[j] = widen(grad[at[j]]);
+    if (row.master == nullptr) {
+      for (int64_t j = 0; j < n; ++j) p[j] = widen(param[at[j]]);
+    } else {
+      for (int64_t j = 0; j < n; ++j) p[j] = row.master[i + j];
+    }
+    float* const first = row.exp_avg + i;
+    float* const second = row.exp_avg_sq + i;
+    for (int64_t j = 0; j < n; ++j) {
+      const float slope = g[j] * k.grad_scale;
+      const float m1 = first[j] + k.take1 * (slope - first[j]);
+      const float m2 = k.keep2 * second[j] + k.take2 * (slope * slope);
+      first[j] = m1;
+      second[j] = m2;
+      p[j] = p[j] * k.decay - k.step_size * m1 / (__builtin_sqrtf(m2) * k.inv_sqrt_bias2 + k.eps);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      if (row.score != nullptr && !(row.score[i + j] >= k.active_threshold)) continue;
+      if (row.master != nullptr) row.master[i + j] = p[j];
+      narrow(p[j], param + at[j]);
+    }
+  }
+}
+
+template <class Param, class Grad>
+static void adamw_index(const ft_adamw_row& row, int64_t begin, int64_t end, const AdamWConstants& k) {
+  if (row.index_dtype == FT_INT32) {
+    adamw_range<Param, Grad, int32_t>(row, begin, end, k);
+  } else {
+    adamw_range<Param, Grad, int64_t>(row, begin, end, k);
+  }
+}
+
+template <class Param>
+static void adamw_grad(const ft_adamw_row& row, int64_t begin, int64_t end, const AdamWConstants& k) {
+  switch (row.grad_dtype) {
+    case FT_BF16: return adamw_index<Param, bf16>(row, begin, end, k);
+    case FT_FP16: return adamw_index<Param, fp16>(row, begin, end, k);
+    default: return adamw_index<Param, float>(row, begin, end, k);
+  }
+}
+
+static void sparse_adamw(const ft_adamw_row& row, int64_t begin, int64_t end, const AdamWConstants& k) {
+  switch (row.param_dtype) {
+    case FT_BF16: return adamw_grad<bf16>(row, begin, end, k);
+    case FT_FP16: return adamw_grad<fp16>(row, begin, end, k);
+    default: return adamw_grad<float>(row, begin, end, k);
+  }
+}

@@ -1,0 +1,181 @@
+/*
+ * The CPU library behind fishertune_kernels: a plain C ABI, no torch, so that one build serves every torch version.
+ * GPUs are served by the Triton kernels of the Python package; there is no CUDA code behind this header.
+ *
+ * Conventions
+ *   - Every size, count and index range is int64_t. All arithmetic is fp32; 16-bit values are widened exactly on load and
+ *     rounded to nearest even on store. Results do not depend on the thread count or on the instruction set in use.
+ *   - Operators take a list of tensors as an array of rows, so that a model's hundred small tensors cost one call and one
+ *     parallel region. Every field of a row is eight bytes wide (a pointer or an int64_t): a caller may build the array as
+ *     plain 64-bit integers. Tensors are dense and row-major; `numel` 0 is legal, its pointers may then be NULL.
+ *   - `threads` is the number of OpenMP threads to use; values below 1 mean the OpenMP default.
+ *   - Every function returns 0, or a nonzero ft_status with the reason in ft_last_error() (kept per thread). Arguments are
+ *     checked before any memory is written.
+ */
+#ifndef FISHERTUNE_H
+#define FISHERTUNE_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define FT_API __declspec(dllexport)
+#else
+#define FT_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised with every change a caller compiled or written against an older header would notice. */
+#define FT_ABI_VERSION 1
+
+typedef enum { FT_OK = 0, FT_INVALID = 1, FT_OUT_OF_MEMORY = 2 } ft_status;
+typedef enum { FT_FP32 = 0, FT_BF16 = 1, FT_FP16 = 2 } ft_dtype;
+typedef enum { FT_INT32 = 0, FT_INT64 = 1 } ft_index_dtype;
+
+FT_API int32_t ft_abi_version(void);
+FT_API const char* ft_last_error(void);
+
+/* Instruction set in use: "avx512", "avx2" or "portable"; the widest the machine has, unless the environment variable
+ * FISHERTUNE_NATIVE_ISA or ft_set_isa names another. ft_set_isa refuses what the machine or the build lacks. */
+FT_API const char* ft_isa(void);
+FT_API int32_t ft_set_isa(const char* name);
+
+/* accumulator += weight * grad^2 */
+typedef struct {
+  float* accumulator;
+  const void* grad;
+  int64_t numel;
+  int64_t dtype; /* of grad */
+} ft_square_row;
+FT_API int32_t ft_squared_grad_accumulate(const ft_square_row* rows, int64_t n_rows, double weight, int32_t threads);
+
+/* out = param + sign * (excess + prior_precision)^(-1/2) * eps, eps ~ N(0, 1) a function of (seed, step, offset + i) only:
+ * Philox-4x32-10 with key (seed low, seed high) and counter (g/4 low, g/4 high, step low, step high), lane g % 4 of the
+ * element with global index g; outputs become uniforms ((r >> 8) + 0.5) * 2^-24 and normals by Box-Muller. */
+typedef struct {
+  const void* param;
+  const float* excess;
+  void* out;
+  int64_t numel;
+  int64_t dtype; /* of param and out */
+  int64_t offset;
+} ft_perturb_row;
+FT_API int32_t ft_gaussian_perturb(const ft_perturb_row* rows, int64_t n_rows, double prior_precision, uint64_t seed,
+                                   uint64_t step, double sign, int32_t threads);
+
+/* excess = (1 - beta) * excess + (beta / gamma) * squared_grad */
+typedef struct {
+  float* excess;
+  const void* squared_grad;
+  int64_t numel;
+  int64_t dtype; /* of squared_grad */
+} ft_natural_row;
+FT_API int32_t ft_precision_update_natural(const ft_natural_row* rows, int64_t n_rows, double beta, double gamma,
+                                           int32_t threads);
+
+/* One Adam step on log(precision), precision = excess + prior_precision, with the draw of ft_gaussian_perturb:
+ *   g = -sign/2 * eps * precision^(-1/2) * grad + gamma/2 * excess / precision
+ *   excess += precision * expm1(Adam step), kept above -prior_precision */
+typedef struct {
+  float* excess;
+  const void* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  int64_t numel;
+  int64_t dtype; /* of grad */
+  int64_t offset;
+} ft_sgvb_row;
+typedef struct {
+  double lr, beta1, beta2, eps, gamma, prior_precision, sign;
+  uint64_t seed, noise_step;
+  int64_t step; /* of Adam, from 1 */
+} ft_sgvb;
+FT_API int32_t ft_precision_update_sgvb(const ft_sgvb_row* rows, int64_t n_rows, const ft_sgvb* options, int32_t threads);
+
+/* score += (new - score) / count, new being, with F = fisher and F' = shifted (excesses for FT_DR_FIM_VARIATIONAL):
+ *   FT_F                   F                                    FT_DELTA_F   |F - F'| / (min(F, F') + eps)
+ *   FT_DR_FIM              F + c * delta_f
+ *   FT_DR_FIM_VARIATIONAL  gamma * (F + c * |F - F'| / (min(F, F') + prior_precision + eps / gamma))
+ * count 1 stores the new score and reads nothing. shifted may be NULL for FT_F. */
+typedef enum { FT_F = 0, FT_DELTA_F = 1, FT_DR_FIM = 2, FT_DR_FIM_VARIATIONAL = 3 } ft_score_kind;
+typedef struct {
+  float* score;
+  const void* fisher;
+  const void* shifted;
+  int64_t numel;
+  int64_t dtype; /* of fisher and shifted */
+} ft_score_row;
+FT_API int32_t ft_dr_fim_score(const ft_score_row* rows, int64_t n_rows, int32_t kind, double c, double gamma,
+                               double prior_precision, double eps, int64_t count, int32_t threads);
+
+/* A score's key is its fp32 bit pattern mapped to an unsigned integer of the same order, -0 counted as +0.
+ * histogram[b] += number of elements with (key & prefix_mask) == prefix and ((key >> shift) & (2^bits - 1)) == b;
+ * histogram[2^bits] += number of NaN, which are in no other bin. 1 <= bits <= 16. */
+typedef struct {
+  const void* score;
+  int64_t numel;
+  int64_t dtype;
+} ft_scores;
+FT_API int32_t ft_key_histogram(const ft_scores* rows, int64_t n_rows, int32_t shift, int32_t bits, uint32_t prefix_mask,
+                                uint32_t prefix, int64_t* histogram, int32_t threads);
+
+/* Selection to indices, in two calls. ft_compact_count fills, for each tensor, the number of scores above `value` plus the
+ * smaller of its quota and its ties with `value`; `plan` (ft_compact_plan_size int64 values) carries where each chunk's
+ * output starts to ft_compact_write, which writes the sorted flat indices. The scores must not change in between.
+ * Ties are kept from the lowest index up. NaN is never selected. */
+typedef struct {
+  const void* score;
+  int64_t numel;
+  int64_t dtype;
+  int64_t ties; /* quota of elements equal to `value` */
+  void* index;  /* output of ft_compact_write; its length is the count of ft_compact_count */
+  int64_t index_dtype;
+} ft_compact_row;
+FT_API int64_t ft_compact_plan_size(const ft_compact_row* rows, int64_t n_rows);
+FT_API int32_t ft_compact_count(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* plan, int64_t* counts,
+                                int32_t threads);
+FT_API int32_t ft_compact_write(const ft_compact_row* rows, int64_t n_rows, float value, const int64_t* plan,
+                                int32_t threads);
+
+/* AdamW with decoupled weight decay (torch.optim.AdamW) on the `count` elements at `index` (sorted, unique) of a dense
+ * parameter; the moments, scores and master values are compact. Where score < active_threshold the moments move and the
+ * parameter does not. Elements not in `index` are never read or written. */
+typedef struct {
+  void* param;
+  const void* grad;
+  const void* index;
+  float* exp_avg;
+  float* exp_avg_sq;
+  const float* score; /* or NULL: every element is active */
+  float* master;      /* or NULL: the parameter itself is updated */
+  int64_t numel;      /* of param and grad */
+  int64_t count;      /* of the compact arrays */
+  int64_t param_dtype;
+  int64_t grad_dtype;
+  int64_t index_dtype;
+} ft_adamw_row;
+typedef struct {
+  double lr, beta1, beta2, eps, weight_decay, grad_scale, active_threshold;
+  int64_t step; /* from 1 */
+} ft_adamw;
+FT_API int32_t ft_sparse_adamw(const ft_adamw_row* rows, int64_t n_rows, const ft_adamw* options, int32_t threads);
+
+/* value[j] = tensor[index[j]] and tensor[index[j]] = value[j], bit patterns of `item_size` 1, 2, 4 or 8 bytes. */
+typedef struct {
+  void* tensor;
+  const void* index;
+  void* value;
+  int64_t numel; /* of tensor */
+  int64_t count;
+  int64_t item_size;
+  int64_t index_dtype;
+} ft_gather_row;
+FT_API int32_t ft_gather_values(const ft_gather_row* rows, int64_t n_rows, int32_t threads);
+FT_API int32_t ft_scatter_values(const ft_gather_row* rows, int64_t n_rows, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
