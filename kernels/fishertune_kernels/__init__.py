@@ -1,7 +1,7 @@
 """Kernels for Fisher-guided sparse tuning: Fisher estimation, exact selection, sparse optimizer steps.
 
 Usable alone: needs torch, and for speed the compiled library (CPU) or triton (GPU). Every operator is a folder, to be
-read as a ladder: ``reference.py`` (the formula), ``native.py`` (C++) and ``triton.py`` (GPU), ``__init__.py`` (the public
+read as a ladder: ``reference.py`` (the formula), ``native.py`` (C++), ``triton.py`` (GPU), ``__init__.py`` (the public
 function). ``ops.py`` registers and checks them, ``dispatch.py`` chooses the implementation.
 """
 

@@ -1,15 +1,19 @@
 """Which implementation of an operator runs, and why.
 
 CPU tensors go to ``native`` (C++ through ctypes), CUDA tensors to ``triton``, and whatever these cannot take to
-``reference`` (plain torch, every device, also float64). Nothing is imported before a tensor asks for it, so the package
-imports without triton, without the compiled library and without a GPU. The choice for each operator is logged once, with
-its reason, to the logger ``fishertune_kernels``.
+``reference`` (plain torch, every device, also float64). Nothing is imported before a tensor asks for it, so the
+package imports without triton, without the compiled library and without a GPU. The choice for each operator is logged
+once, with its reason, to the logger ``fishertune_kernels``.
 
-Environment variables, all that this package reads in Python:
+Environment variables, all that this package reads:
 
 ``FISHERTUNE_BACKEND``
     ``reference``, ``native`` or ``triton``: use this one for every operator. Where it cannot run (no library, wrong
     device) the call fails with the reason. Types it does not know (float64) still go to the reference.
+``FISHERTUNE_NATIVE_LIBRARY``
+    Path of the C++ library, instead of the one in ``fishertune_kernels/lib``. Read once, by ``native.py``.
+``FISHERTUNE_NATIVE_ISA``
+    Instruction set the library runs instead of the best one of this machine. Read once, by the library.
 ``TRITON_INTERPRET``
     Triton's own switch; ``1``, set before triton is imported, lets ``FISHERTUNE_BACKEND=triton`` run on CPU tensors.
 """

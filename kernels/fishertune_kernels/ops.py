@@ -1,4 +1,4 @@
-"""Every operator of the package: its schema, what it accepts, its shape under tracing, and the hand-over to the backend.
+"""Every operator of the package: its schema, what it accepts, its shapes under tracing, the hand-over to the backend.
 
 Registered with ``torch.library.Library`` at list level: one call for a whole model, a few microseconds of overhead,
 traceable by ``torch.compile(fullgraph=True)``. Hyper-parameters that change every step are run-time scalars, so a new
@@ -13,12 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import dispatch
+
+if TYPE_CHECKING:
+    from .select_threshold.search import Threshold
 
 LIBRARY = torch.library.Library("fishertune", "DEF")
 
@@ -43,7 +48,7 @@ def as_list(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
         )
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}[{i}] is a {type(tensor).__name__}; expected a tensor. Leave out what has no value.")
+            raise TypeError(f"{name}[{i}] is a {type(tensor).__name__}; expected a tensor. Leave out what has none.")
     return list(tensors)
 
 
@@ -69,7 +74,7 @@ def _check_tensors(
 ) -> None:
     for i, tensor in enumerate(tensors):
         if tensor.layout is not torch.strided:
-            raise TypeError(f"{name}[{i}] has layout {tensor.layout}; expected a dense tensor. Convert with .to_dense().")
+            raise TypeError(f"{name}[{i}] has layout {tensor.layout}; expected a dense tensor. Use .to_dense().")
         if dtypes is not None and tensor.dtype not in dtypes:
             expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise TypeError(f"{name}[{i}] is {tensor.dtype}; expected one of {expected}. Convert with .to(dtype).")
@@ -86,7 +91,7 @@ def _check_lengths(expected_name: str, expected: Sequence[object], **lists: Sequ
     for name, values in lists.items():
         if len(values) != len(expected):
             raise ValueError(
-                f"{name} has {len(values)} entries but {expected_name} has {len(expected)}. Pass one for each, in order."
+                f"{name} has {len(values)} entries but {expected_name} has {len(expected)}. Pass one each, in order."
             )
 
 
@@ -231,8 +236,8 @@ def _check_per_sample_squared_grad_(
             )
     if x_NTI.shape[:2] != dy_NTO.shape[:2]:
         raise ValueError(
-            f"x_NTI has shape {tuple(x_NTI.shape)} but dy_NTO has {tuple(dy_NTO.shape)}: samples and tokens must agree. "
-            "Pass the input and the output gradient of the same layer and batch."
+            f"x_NTI has shape {tuple(x_NTI.shape)} but dy_NTO has {tuple(dy_NTO.shape)}: samples and tokens must "
+            "agree. Pass the input and the output gradient of the same layer and batch."
         )
     expected = (dy_NTO.shape[2], x_NTI.shape[2])
     if tuple(accumulator_OI.shape) != expected:
@@ -402,8 +407,9 @@ def _run_precision_update_sgvb_(
     sign: float = 1.0,
 ) -> None:
     _check_precision_update_sgvb_(
-        excess, grads, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, gamma, prior_precision, seed, noise_step, step, offsets
-    )
+        excess, grads, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, gamma, prior_precision, seed, noise_step, step,
+        offsets,
+    )  # fmt: skip
     _check_adam(lr, beta1, beta2, eps, step)
     _check_range("gamma", gamma, 0, math.inf, open_low=True)
     _check_range("prior_precision", prior_precision, 0, math.inf, open_low=True)
@@ -437,7 +443,9 @@ def _check_adam(lr: float, beta1: float, beta2: float, eps: float, step: int) ->
     _check_range("betas[1]", beta2, 0, 1)
     _check_range("eps", eps, 0, math.inf)
     if step < 1:
-        raise ValueError(f"step={step} is out of range: the first step is 1 (bias correction divides by 1 − beta**step).")
+        raise ValueError(
+            f"step={step} is out of range: steps count from 1 (bias correction divides by 1 − beta**step)."
+        )
 
 
 _register(
@@ -573,28 +581,28 @@ def check_scores(scores: list[Tensor]) -> None:
         _check_tensors("scores", scores, scores[0].device)
 
 
-def threshold_search(scores: list[Tensor], k: int, group: object = None) -> tuple[float, int, int, tuple[int, ...]]:
-    """Checks, picks the backend's histogram and searches; see ``select_threshold/search.py``."""
+def checked_search(scores: list[Tensor], k: int, group: dist.ProcessGroup | None = None) -> Threshold:
+    """The k-th largest score; a pass over the scores is one call of ``key_histogram``.
+
+    Raises:
+        TypeError, ValueError: as :func:`fishertune_kernels.select_threshold`.
+    """
     from .select_threshold.search import search  # its package imports this module
 
     check_scores(scores)
     if k < 0:
         raise ValueError(f"k={k} is negative. Choose k between 0 and the number of scores.")
-    module = _implementation("select_threshold", scores) if scores else None
-    histogram = module.key_histogram if module is not None else None
-    return search(_contiguous(scores), k, histogram, group)
+    return search(_contiguous(scores), k, group)
 
 
-def _check_key_histogram(
-    scores: list[Tensor], shift: int, bits: int, prefix_mask: int, prefix: int
-) -> Tensor:
+def _check_key_histogram(scores: list[Tensor], shift: int, bits: int, prefix_mask: int, prefix: int) -> Tensor:
     check_scores(scores)
     if not scores:
         raise ValueError("scores is an empty list; there is no device to count on. Pass at least one tensor.")
     if len({tensor.dtype == torch.float64 for tensor in scores}) > 1:
         raise TypeError("scores mixes float64 with narrower types, whose keys differ. Convert all with .double().")
     width = 64 if scores[0].dtype == torch.float64 else 32
-    if not (1 <= bits <= 16 and 0 <= shift and shift + bits <= width):
+    if not (1 <= bits <= 16 and shift >= 0 and shift + bits <= width):
         raise ValueError(f"shift={shift}, bits={bits}: expected 1 to 16 bits within the key's {width}.")
     return torch.empty(2**bits + 1, dtype=torch.int64, device=scores[0].device)
 
@@ -616,7 +624,7 @@ _register(
 
 
 def _run_select_threshold(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    value, n_greater, _, ties_kept = threshold_search(scores, k)
+    value, n_greater, _, ties_kept = checked_search(scores, k)
     return torch.tensor(value, dtype=torch.float64), torch.tensor([n_greater, *ties_kept], dtype=torch.int64)
 
 
@@ -626,7 +634,9 @@ def _fake_select_threshold(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor
 
 
 # Two tensors on the CPU, where their numbers are needed: the value, and [n_greater, ties kept per tensor…].
-_register("select_threshold(Tensor[] scores, SymInt k) -> (Tensor, Tensor)", _run_select_threshold, _fake_select_threshold)
+_register(
+    "select_threshold(Tensor[] scores, SymInt k) -> (Tensor, Tensor)", _run_select_threshold, _fake_select_threshold
+)
 
 
 def _run_compact(scores: list[Tensor], value: float, n_greater: int, ties_kept: list[int]) -> list[Tensor]:
@@ -662,7 +672,9 @@ def _fake_compact(scores: list[Tensor], value: float, n_greater: int, ties_kept:
 
 
 _register(
-    "compact(Tensor[] scores, float value, SymInt n_greater, SymInt[] ties_kept) -> Tensor[]", _run_compact, _fake_compact
+    "compact(Tensor[] scores, float value, SymInt n_greater, SymInt[] ties_kept) -> Tensor[]",
+    _run_compact,
+    _fake_compact,
 )
 
 
@@ -759,9 +771,9 @@ def _run_sparse_adamw_(
 
 # Empty lists stand for absent scores and master copies.
 _register(
-    "sparse_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-    "Tensor[] scores, Tensor(d!)[] master, float lr, float beta1, float beta2, float eps, float weight_decay, "
-    "SymInt step, float? active_threshold, float grad_scale) -> ()",
+    "sparse_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avg, "
+    "Tensor(c!)[] exp_avg_sq, Tensor[] scores, Tensor(d!)[] master, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, SymInt step, float? active_threshold, float grad_scale) -> ()",
     _run_sparse_adamw_,
     _check_sparse_adamw_,
 )

@@ -79,6 +79,6 @@ def _pair(
     fisher = as_list("fisher", fisher)
     if shifted is None:
         if kind != "f":
-            raise ValueError(f"kind={kind!r} compares two Fishers but shifted is None. Pass the shifted one, or kind='f'.")
+            raise ValueError(f"kind={kind!r} compares two Fishers but shifted is None. Pass it, or kind='f'.")
         return fisher, fisher
     return fisher, as_list("shifted", shifted)

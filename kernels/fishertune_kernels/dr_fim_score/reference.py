@@ -3,8 +3,8 @@
 - ``f``: F (Eq. 4)
 - ``delta_f``: |F − F'| / (min(F, F') + eps) (Eq. 5)
 - ``dr_fim``: F + c·delta_f (Eq. 7)
-- ``dr_fim_variational``: γ(E + c·|E − E'| / (min(E, E') + τ⁻² + eps/γ)) for excesses E = Λ − τ⁻² (Eq. 15; Λ − Λ' = E − E'
-  and min(Λ, Λ') = min(E, E') + τ⁻²)
+- ``dr_fim_variational``: γ(E + c·|E − E'| / (min(E, E') + τ⁻² + eps/γ)) for excesses E = Λ − τ⁻² (Eq. 15, where
+  Λ − Λ' = E − E' and min(Λ, Λ') = min(E, E') + τ⁻²)
 """
 
 from __future__ import annotations

@@ -102,7 +102,9 @@ def precision_update_(
     Raises:
         ValueError: for another method; TypeError, ValueError: as the function called.
     """
-    methods = {"natural": precision_update_natural_, "sgvb": precision_update_sgvb_}
-    if method not in methods:
-        raise ValueError(f"method={method!r} is not a precision update. Use one of {', '.join(methods)}.")
-    methods[method](excess, grads, **arguments)
+    if method == "natural":
+        precision_update_natural_(excess, grads, **arguments)
+    elif method == "sgvb":
+        precision_update_sgvb_(excess, grads, **arguments)
+    else:
+        raise ValueError(f"method={method!r} is not a precision update. Use 'natural' or 'sgvb'.")

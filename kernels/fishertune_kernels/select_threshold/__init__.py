@@ -8,15 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops import as_list, threshold_search
+from ..ops import as_list, checked_search
 from .search import Threshold
 
 __all__ = ["Threshold", "key_histogram", "select_threshold"]
 
 
-def select_threshold(
-    scores: Tensor | Sequence[Tensor], k: int, *, group: dist.ProcessGroup | None = None
-) -> Threshold:
+def select_threshold(scores: Tensor | Sequence[Tensor], k: int, *, group: dist.ProcessGroup | None = None) -> Threshold:
     """The boundary of the k largest scores: exact, the same on every device and at every world size.
 
     Ties with the k-th largest belong to the set in order of their global flat index: tensor after tensor and, inside a
@@ -37,7 +35,7 @@ def select_threshold(
         TypeError: for scores that are not dense floats.
     """
     with torch.no_grad():
-        return Threshold(*threshold_search(as_list("scores", scores), k, group))
+        return checked_search(as_list("scores", scores), k, group)
 
 
 def key_histogram(

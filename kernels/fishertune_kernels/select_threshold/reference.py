@@ -20,9 +20,7 @@ def ordered_keys(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(bits < 0, ~bits & 0xFFFFFFFF, bits | 0x80000000)
 
 
-def key_histogram(
-    scores: list[torch.Tensor], shift: int, bits: int, prefix_mask: int, prefix: int
-) -> torch.Tensor:
+def key_histogram(scores: list[torch.Tensor], shift: int, bits: int, prefix_mask: int, prefix: int) -> torch.Tensor:
     """Entry d: how many keys with key & prefix_mask == prefix have (key >> shift) mod 2^bits = d; last entry: NaN."""
     counts = torch.zeros(2**bits + 1, dtype=torch.int64, device=scores[0].device)
     for tensor in scores:

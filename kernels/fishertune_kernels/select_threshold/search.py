@@ -1,20 +1,17 @@
-"""Exact k-th largest by radix search: each pass counts one digit of the keys, from the top, under the prefix found so far.
+"""Exact k-th largest by radix search: each pass counts one digit of the keys, top first, under the prefix found so far.
 
-Only counts travel between ranks, so every world size gives the same threshold, and nothing is sorted or copied. The last
-pass counts tensor by tensor: what ties with the threshold is then known per tensor without another read.
+Only counts travel between ranks, so every world size gives the same threshold, and nothing is sorted or copied. The
+last pass counts tensor by tensor: what ties with the threshold is then known per tensor without another read.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-
-KeyHistogram = Callable[..., torch.Tensor]
 
 
 class Threshold(NamedTuple):
@@ -33,10 +30,8 @@ class Threshold(NamedTuple):
     ties_kept_per_tensor: tuple[int, ...]
 
 
-def search(
-    scores: list[torch.Tensor], k: int, key_histogram: KeyHistogram, group: dist.ProcessGroup | None = None
-) -> Threshold:
-    """Arguments as :func:`fishertune_kernels.select_threshold`, already checked; ``key_histogram`` does the counting."""
+def search(scores: list[torch.Tensor], k: int, group: dist.ProcessGroup | None = None) -> Threshold:
+    """Arguments of :func:`fishertune_kernels.select_threshold`, already checked."""
     width = 64 if any(tensor.dtype == torch.float64 for tensor in scores) else 32
     if group is not None:
         _check_agreement(scores, k, width, group)
@@ -46,17 +41,18 @@ def search(
         return Threshold(math.inf, 0, 0, ())
     if width == 64:
         scores = [tensor.double() for tensor in scores]
+    histogram = torch.ops.fishertune.key_histogram.default
 
     prefix = prefix_mask = n_greater = 0
     remaining = k  # rank of the threshold among the keys under the prefix
     shift = width
     for bits in _digits(width, scores[0].device.type):
         shift -= bits
-        arguments = {"shift": shift, "bits": bits, "prefix_mask": _int64(prefix_mask), "prefix": _int64(prefix)}
+        digit_and_prefix = (shift, bits, _int64(prefix_mask), _int64(prefix))
         if shift:
-            local = key_histogram(scores, **arguments)
+            local = histogram(scores, *digit_and_prefix)
         else:
-            counts_per_tensor = torch.stack([key_histogram([tensor], **arguments) for tensor in scores]).cpu()
+            counts_per_tensor = torch.stack([histogram([tensor], *digit_and_prefix) for tensor in scores])
             local = counts_per_tensor.sum(dim=0)
         total = _summed(local, group, scores[0].device)
         if shift + bits == width:
@@ -72,13 +68,13 @@ def search(
         prefix |= digit << shift
         prefix_mask |= (2**bits - 1) << shift
 
-    ties = counts_per_tensor[:, digit].contiguous()
+    ties = counts_per_tensor[:, digit].cpu()
     kept = _tie_quota(ties, remaining, group, scores[0].device)
     return Threshold(_value_of(prefix, width), n_greater, sum(kept), tuple(kept))
 
 
 def _digits(width: int, device: str) -> tuple[int, ...]:
-    """Bits counted by each pass. A GPU block counts 256 bins in fast memory; on a CPU 2048 fit the first-level cache."""
+    """Bits of each pass. A GPU block counts 256 bins in shared memory; on a CPU 2048 fit the first-level cache."""
     if device == "cpu":
         return (11, 11, 10) if width == 32 else (11, 11, 11, 11, 11, 9)
     return (8,) * (width // 8)
@@ -88,8 +84,8 @@ def _check_total(total: torch.Tensor, k: int) -> None:
     n_nan, n = int(total[-1]), int(total.sum())
     if n_nan:
         raise ValueError(
-            f"{n_nan} of {n} scores are NaN and cannot be ranked. Find what produced them (a NaN loss, an overflow in half "
-            "precision), or set them to -inf to leave them out."
+            f"{n_nan} of {n} scores are NaN and cannot be ranked. Find what produced them (a NaN loss, an overflow in "
+            "half precision), or set them to -inf to leave them out."
         )
     if k > n:
         raise ValueError(f"k={k}, but there are only {n} scores. Choose k between 0 and {n}.")
@@ -119,10 +115,7 @@ def _summed(local: torch.Tensor, group: dist.ProcessGroup | None, device: torch.
 
 def _check_agreement(scores: list[torch.Tensor], k: int, width: int, group: dist.ProcessGroup) -> None:
     """Ranks that differ in what they ask would wait for one another for ever, or agree on a wrong answer."""
-    if scores:
-        device = scores[0].device
-    else:
-        device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    device = scores[0].device if scores else torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
     ours = torch.tensor([k, len(scores), width], device=device)
     extremes = torch.cat((ours, -ours))
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
