@@ -12,7 +12,7 @@ from torch import nn
 
 from fishertune.optim import SparseAdamW
 from fishertune.partition import Partition
-from fishertune.selection import Growth, PaperThreshold, Selection
+from fishertune.selection import Schedule, Selection
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TuneSettings:
     head_lr: float
     betas: tuple[float, float]
     weight_decay: float
-    growth: Growth | PaperThreshold | None = None
+    growth: Schedule | None = None
 
 
 class Method(ABC):

@@ -135,11 +135,16 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class GrowthConfig:
-    """Growth of the tuned set (Eq. 16). ``paper`` reads start and end as delta_max and delta_min of the formula."""
+    """Growth of the tuned set over the tuning steps (Eq. 16), from ``start`` to ``select.fraction``.
+
+    ``paper`` applies the formula as printed, to scores normalised to their quantile among the candidates: choose the
+    two deltas so that no more pass at the end than ``select.fraction`` holds.
+    """
 
     shape: Literal["exponential", "linear", "constant", "paper"] = "exponential"
-    start: float = 0.2  # share of the selection that is active at step 0
-    end: float = 1.0
+    start: float = 0.01  # fraction of select.base that takes part at step 0
+    delta_min: float = 0.94
+    delta_max: float = 0.99
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fishertune.segmentation.datasets import FolderDataset, SceneDataset, SegmentationDataset, corrupt
-from fishertune.segmentation.datasets.base import Sample
+from fishertune.segmentation.datasets.base import Sample, SegmentationDataset
 from fishertune.segmentation.transforms import AugmentConfig, augment
-from fishertune.train.config import ConfigError, DataConfig, DomainConfig, ScenesConfig
 from fishertune.train.seeds import generator
 
 Batch = tuple[torch.Tensor, torch.Tensor]

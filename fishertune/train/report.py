@@ -15,7 +15,7 @@ from PIL import Image
 
 from fishertune.files import atomic_write, load_json, load_tensors
 from fishertune.methods import get_method
-from fishertune.segmentation.classes import IGNORE_INDEX, palette_for
+from fishertune.segmentation.classes import IGNORE_INDEX, palette_of
 from fishertune.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def write_report(path: str | Path) -> Path:
     metrics = load_json(folder.metrics)
     pictures, metadata = load_tensors(folder.pictures)
     classes = metadata["classes"]
-    colours = palette_for(tuple(classes))
+    colours = palette_of(tuple(classes))
     selection = metrics["selection"]
     page = _environment().get_template("report.html").render(
         css=_css(),
@@ -63,7 +63,7 @@ def write_comparison(out: str | Path, runs: Sequence[dict[str, Any]]) -> Path:
     unseen = [name for name in runs[0]["domains"] if name != "source"]
     shots = {run["method"]: load_tensors(RunFolder(out / run["method"]).pictures) for run in runs}
     classes = next(iter(shots.values()))[1]["classes"]
-    colours = palette_for(tuple(classes))
+    colours = palette_of(tuple(classes))
     rows = []
     first = next(iter(shots.values()))[0]
     for name in ["source", *unseen]:

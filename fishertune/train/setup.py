@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from torch import nn
 
 from fishertune.methods import get_method
 from fishertune.segmentation.classes import CLASS_SETS
 from fishertune.segmentation.datasets import FolderDataset, SceneDataset, SegmentationDataset, corrupt
+from fishertune.segmentation.datasets.base import Sample
 from fishertune.segmentation.datasets.folder import class_presence
-from fishertune.segmentation.heads import create_head
 from fishertune.segmentation.model import SegmentationModel, create_backbone
 from fishertune.segmentation.tiny import create_tiny_backbone
 from fishertune.train.config import ConfigError, DataConfig, DomainConfig, RunConfig, ScenesConfig
 from fishertune.train.data import InMemory, RunData
 from fishertune.train.progress import Reporter
 from fishertune.train.seeds import derive_seed
+from fishertune.train.stages import Context
+
+Part = Literal["train", "val"]
+_PRESENCE_SAMPLES = 200
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,16 +55,12 @@ def class_names(data: DataConfig) -> tuple[str, ...]:
 
 
 def build_domain(
-    domain: DomainConfig, classes: tuple[str, ...], *, part: str | None = None, holdout: float = 0.0
+    domain: DomainConfig, classes: tuple[str, ...], *, part: Part | None = None, holdout: float = 0.0
 ) -> SegmentationDataset:
-    """One domain; ``part`` is ``train`` or ``val`` of a source with ``holdout`` kept back."""
+    """The data set a section describes; ``part`` of a source with ``holdout`` kept back."""
     dataset: SegmentationDataset
     if isinstance(domain, ScenesConfig):
-        dataset = SceneDataset(domain.domain, domain.count, domain.size, domain.seed)
-        if part is not None:
-            kept = max(1, round(domain.count * holdout))
-            split = range(domain.count - kept) if part == "train" else range(domain.count - kept, domain.count)
-            dataset = Part(dataset, split)
+        dataset = _scenes(domain, part, holdout)
     else:
         dataset = FolderDataset(
             domain.images,
@@ -69,18 +72,84 @@ def build_domain(
             image_suffix=domain.image_suffix,
             label_suffix=domain.label_suffix,
             size=domain.size,
+            holdout=holdout,
+            part=part or domain.part or "all",
             limit=domain.limit,
             on_size_mismatch=domain.on_size_mismatch,
-            holdout=holdout,
-            part=part,
         )
     if domain.corruption is not None:
-        dataset = corrupt(dataset, domain.corruption.name, severity=domain.corruption.severity, seed=0)
+        dataset = corrupt(dataset, domain.corruption.name, severity=domain.corruption.severity)
     return dataset
 
 
-class Part:
-    """Some of a data set's items."""
+def _scenes(domain: ScenesConfig, part: Part | None, holdout: float) -> SegmentationDataset:
+    dataset = SceneDataset(domain.domain, domain.count, domain.size, domain.seed)
+    if part is None:
+        return dataset
+    kept = max(1, round(domain.count * holdout))
+    return Slice(dataset, range(domain.count - kept) if part == "train" else range(domain.count - kept, domain.count))
+
+
+def build_data(config: DataConfig, reporter: Reporter) -> RunData:
+    """Every data set of a run, opened and checked.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: naming the domain and what is wrong with it.
+    """
+    classes = class_names(config)
+    data = RunData(
+        train=InMemory(build_domain(config.source, classes, part="train", holdout=config.holdout)),
+        validation=InMemory(build_domain(config.source, classes, part="val", holdout=config.holdout)),
+        unseen={name: build_domain(domain, classes, holdout=config.holdout) for name, domain in config.unseen.items()},
+        classes=classes,
+    )
+    absent = [name for name, pixels in class_presence(data.train, limit=_PRESENCE_SAMPLES).items() if pixels == 0]
+    if len(absent) == len(classes):
+        raise ConfigError("The source domain shows none of the classes: check data.source.label_map and data.classes.")
+    if absent:
+        reporter.warn(
+            f"the source domain never shows {', '.join(absent)} (in {min(_PRESENCE_SAMPLES, len(data.train))} images looked at); "
+            "no method can learn them, and they count as missed where an unseen domain has them."
+        )
+    return data
+
+
+def build_context(config: RunConfig, reporter: Reporter) -> Context:
+    """Data sets and pretrained model of a run; nothing is written.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: for anything that would stop the run later.
+    """
+    device = resolve_device(config.device)
+    get_method(config.method)
+    data = build_data(config.data, reporter)
+    backbone = build_backbone(config)
+    last = len(backbone.blocks) - 1
+    if max(config.backbone.blocks) > last or min(config.backbone.blocks) < 0:
+        raise ConfigError(
+            f"backbone.blocks={list(config.backbone.blocks)}: {config.backbone.name} has blocks 0 to {last}."
+        )
+    torch.manual_seed(derive_seed(config.seed, "head"))
+    model = SegmentationModel(backbone, config.backbone.blocks, len(data.classes), head=config.head.kind)
+    return Context(config, model.to(device), Normaliser.of(backbone), data, device, reporter)
+
+
+def build_backbone(config: RunConfig) -> nn.Module:
+    """The pretrained backbone a configuration names."""
+    settings = config.backbone
+    if settings.name == "tiny":
+        return create_tiny_backbone()
+    return create_backbone(
+        settings.name,
+        weights=settings.weights,
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
+        seed=derive_seed(config.seed, "backbone"),
+    )
+
+
+class Slice:
+    """Some of a data set's items, in order."""
 
     def __init__(self, dataset: SegmentationDataset, indices: range) -> None:
         self._dataset, self._indices = dataset, indices
@@ -92,5 +161,5 @@ class Part:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int, /) -> object:
+    def __getitem__(self, index: int, /) -> Sample:
         return self._dataset[self._indices[index]]

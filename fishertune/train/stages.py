@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fishertune.domain import simulate_domain
+from fishertune.domain import DomainStatistics, simulate_domain
 from fishertune.files import load_tensors, save_tensors
-from fishertune.fisher.posterior import make_estimator
+from fishertune.fisher.posterior import PosteriorEstimator, make_estimator
 from fishertune.fisher.score import ScoreAverage
 from fishertune.methods import Method, get_method
 from fishertune.methods.base import TuneSettings
@@ -19,10 +18,10 @@ from fishertune.partition import Partition
 from fishertune.segmentation.loss import SegmentationLoss
 from fishertune.segmentation.model import SegmentationModel
 from fishertune.segmentation.transforms import Normaliser
-from fishertune.selection import Growth, PaperThreshold, Selection, select
+from fishertune.selection import Growth, PaperThreshold, Schedule, Selection
 from fishertune.train.checkpoint import load_checkpoint, save_checkpoint
 from fishertune.train.config import GrowthConfig, RunConfig
-from fishertune.train.data import BatchStream, RunData
+from fishertune.train.data import Batch, BatchStream, RunData
 from fishertune.train.loop import Curve, LoopSettings, train
 from fishertune.train.progress import Reporter
 from fishertune.train.seeds import derive_seed, generator
@@ -75,7 +74,7 @@ def tune(context: Context, path: Path, method: Method, selection: Selection | No
         head_lr=config.head_lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
-        growth=growth_schedule(config.growth, config.steps),
+        growth=growth_schedule(config.growth, context.config.select.fraction, config.steps),
     )
     optimizer = method.optimizer(context.model.backbone, context.model.decode_head, selection, settings)
     loop = LoopSettings(
@@ -84,13 +83,13 @@ def tune(context: Context, path: Path, method: Method, selection: Selection | No
     return _train_stage(context, path, optimizer, selection, loop, config.batch_size)
 
 
-def growth_schedule(config: GrowthConfig | None, steps: int) -> Growth | PaperThreshold | None:
+def growth_schedule(config: GrowthConfig | None, fraction: float, steps: int) -> Schedule | None:
     """The schedule a configuration asks for (Eq. 16); None keeps the whole selection active."""
     if config is None:
         return None
     if config.shape == "paper":
-        return PaperThreshold(delta_min=config.end, delta_max=config.start, steps=steps)
-    return Growth(config.start, config.end, steps, config.shape)
+        return PaperThreshold(config.delta_min, config.delta_max, steps)
+    return Growth(config.start, fraction, steps, config.shape)
 
 
 def _train_stage(
@@ -171,41 +170,72 @@ class Estimation:
         self._statistics = DomainStatistics()
         params = [_BACKBONE + name for name in dict.fromkeys(item.name for item in partition)]
 
-        def estimator(purpose: str) -> Estimator:
+        def estimator() -> PosteriorEstimator:
+            # One seed for both: the same draw of the weights on x and x', so that their difference is the domain's alone.
             return make_estimator(
                 config.estimator,
                 gamma=config.gamma,
                 tau=config.tau,
                 params=params,
                 labels=config.labels,
-                seed=derive_seed(context.config.seed, "posterior", purpose),
+                seed=derive_seed(context.config.seed, "posterior"),
                 **config.options,
             )
 
-        # One seed for both: the same perturbation on x and x', so that their difference is the domain's alone.
-        self.source = estimator("theta")
-        self.shifted = estimator("theta") if kind != "f" else None
-        self.average = ScoreAverage(kind, gamma=config.gamma, tau=config.tau, eps=config.eps)
+        self._source = estimator()
+        self._shifted = estimator() if kind != "f" else None
+        self.average = ScoreAverage(kind, gamma=config.gamma, tau=config.tau, eps=config.eps, c_mode=config.c)
         self.usage = Usage()
 
     def update(self, step: int, batch: Batch) -> None:
-        """One of the T2 steps: the batch as it is, then under a fresh simulated shift, then the score."""
-        context, config = self._context, self._config
-        self.source.update(context.model, self._loss(step), batch)
-        c = 0.0
-        if self.shifted is not None:
-            draw = generator(context.config.seed, "shift", step)
-            with simulate_domain(
-                context.model.backbone, where=config.where, draw=config.draw, generator=draw, statistics=self._statistics
-            ) as shift:
-                self.shifted.update(context.model, self._loss(step), batch)
-            c = shift.c(config.c)
-        self.average.update(self.source.excess, self.shifted.excess if self.shifted else None, c)
+        """One of the T2 steps: the batch as it is, then under a fresh simulated shift (Eq. 6), then the score."""
+        model = self._context.model
+        self._source.update(model, self._loss(step), batch)
+        if self._shifted is None:
+            self.average.update(self._measure(self._source))
+            return
+        draw = generator(self._context.config.seed, "shift", step)
+        handle = self._shifted.update(
+            model,
+            self._loss(step),
+            batch,
+            shift=lambda: simulate_domain(
+                model.backbone,
+                where=self._config.where,
+                draw=self._config.draw,
+                generator=draw,
+                statistics=self._statistics,
+            ),
+        )
+        self.average.update(self._measure(self._source), self._measure(self._shifted), handle)
+
+    def save(self, path: Path, step: int) -> None:
+        """Everything :meth:`restore` needs to go on after ``step`` steps."""
+        self.usage.stamp()
+        tensors: dict[str, torch.Tensor] = {}
+        metadata: dict[str, Any] = {"step": step, "usage": self.usage.to_plain()}
+        for part, owner in self._parts().items():
+            state = owner.state_dict()
+            tensors |= {f"{part}/{name}": value for name, value in state.pop("tensors").items()}
+            metadata[part] = state
+        save_tensors(path, tensors, metadata)
+
+    def restore(self, path: Path) -> int:
+        """Goes on from a file of :meth:`save`; returns how many steps are done."""
+        tensors, metadata = load_tensors(path)
+        for part, owner in self._parts().items():
+            mine = {name.removeprefix(f"{part}/"): value for name, value in tensors.items() if name.startswith(f"{part}/")}
+            owner.load_state_dict({"tensors": mine, **metadata[part]})
+        self.usage = Usage(**metadata["usage"])
+        return int(metadata["step"])
+
+    def _measure(self, estimator: PosteriorEstimator) -> dict[str, torch.Tensor]:
+        return estimator.excess if self.average.kind == "dr_fim_variational" else estimator.fisher()
 
     def _loss(self, step: int) -> SegmentationLoss:
         # x and x' draw the same labels where labels are sampled
         return SegmentationLoss(generator=generator(self._context.config.seed, "labels", step))
 
     def _parts(self) -> dict[str, Any]:
-        parts = {"source": self.source, "average": self.average, "statistics": self._statistics}
-        return parts if self.shifted is None else {**parts, "shifted": self.shifted}
+        parts = {"source": self._source, "shifted": self._shifted, "average": self.average, "domain": self._statistics}
+        return {name: part for name, part in parts.items() if part is not None}
