@@ -45,7 +45,9 @@ def main() -> None:
             rate: [_run(config, method, rate, seed, options.out, reporter) for seed in options.search_seeds]
             for rate in rates
         }
-        source = {rate: statistics.mean(item["domains"]["source"]["miou"] for item in runs) for rate, runs in trials.items()}
+        source = {
+            rate: statistics.mean(item["domains"]["source"]["miou"] for item in runs) for rate, runs in trials.items()
+        }
         chosen[method] = max(source, key=lambda rate: source[rate])
         searched[method] = {
             f"{rate:g}": {"source": source[rate], "unseen_mean": statistics.mean(item["unseen_mean"] for item in runs)}
@@ -103,7 +105,9 @@ def markdown(summary: dict[str, Any]) -> str:
         rate = summary["learning_rates"][method]
         lines.append(f"| {method} | {rate:g} | {result['tuned_parameters']:,} | " + " | ".join(cells) + " |")
     lines.append("")
-    lines.append(f"mIoU in %, mean ± standard deviation over seeds {summary['seeds']}; “source” is held-out source frames.")
+    lines.append(
+        f"mIoU in %, mean ± standard deviation over seeds {summary['seeds']}; “source” is held-out source frames."
+    )
     lines.append("")
     lines.append("| method | learning rate | source (chooses) | unseen mean (does not) |")
     lines.append("|---|---|---|---|")

@@ -73,7 +73,9 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
             metadata = json.loads((file.metadata() or {}).get("json", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}). It may be truncated: fetch it again.") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}). It may be truncated: fetch it again."
+        ) from error
 
 
 def save_json(path: str | Path, value: Any) -> None:

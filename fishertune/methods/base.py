@@ -60,7 +60,9 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def optimizer(self, backbone: nn.Module, head: nn.Module, selection: Selection | None, settings: TuneSettings) -> torch.optim.Optimizer:
+    def optimizer(
+        self, backbone: nn.Module, head: nn.Module, selection: Selection | None, settings: TuneSettings
+    ) -> torch.optim.Optimizer:
         """The optimizer of the tuning stage; what it does not hold stays frozen."""
 
 
@@ -74,7 +76,9 @@ class ScoredMethod(Method):
             raise ValueError(f"{self.name} ranks by an estimate and was given none.")
         return partition.mask_scores(dict(estimated))
 
-    def optimizer(self, backbone: nn.Module, head: nn.Module, selection: Selection | None, settings: TuneSettings) -> torch.optim.Optimizer:
+    def optimizer(
+        self, backbone: nn.Module, head: nn.Module, selection: Selection | None, settings: TuneSettings
+    ) -> torch.optim.Optimizer:
         if selection is None:
             raise ValueError(f"{self.name} tunes a selection and was given none.")
         optimizer = SparseAdamW(

@@ -16,7 +16,9 @@ class Freeze(Method):
     summary = "The decoder alone."
     trains_backbone = False
 
-    def optimizer(self, backbone: nn.Module, head: nn.Module, selection: Selection | None, settings: TuneSettings) -> torch.optim.Optimizer:
+    def optimizer(
+        self, backbone: nn.Module, head: nn.Module, selection: Selection | None, settings: TuneSettings
+    ) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             head.parameters(), lr=settings.head_lr, betas=settings.betas, weight_decay=settings.weight_decay
         )

@@ -15,7 +15,9 @@ class Full(Method):
     name = "full"
     summary = "Every weight of the backbone."
 
-    def optimizer(self, backbone: nn.Module, head: nn.Module, selection: Selection | None, settings: TuneSettings) -> torch.optim.Optimizer:
+    def optimizer(
+        self, backbone: nn.Module, head: nn.Module, selection: Selection | None, settings: TuneSettings
+    ) -> torch.optim.Optimizer:
         groups = [
             {"params": list(backbone.parameters()), "lr": settings.lr},
             {"params": list(head.parameters()), "lr": settings.head_lr},

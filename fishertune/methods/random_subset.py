@@ -23,6 +23,4 @@ class RandomSubset(ScoredMethod):
         generator = torch.Generator().manual_seed(seed)
         names = dict.fromkeys(item.name for item in partition)
         parameters = dict(backbone.named_parameters())
-        return partition.mask_scores(
-            {name: torch.rand(parameters[name].shape, generator=generator) for name in names}
-        )
+        return partition.mask_scores({name: torch.rand(parameters[name].shape, generator=generator) for name in names})

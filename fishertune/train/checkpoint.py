@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fishertune_kernels import gather_values, scatter_values_
 from torch import nn
 
 from fishertune.files import load_tensors, save_tensors
 from fishertune.selection import Selection
+from fishertune_kernels import gather_values, scatter_values_
 
 _OPTIMIZER = "optimizer/"
 _DENSE = "dense/"

@@ -265,7 +265,9 @@ def from_plain(expected: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise ConfigError(f"{where}={value!r} is not one of {', '.join(map(str, arguments))}.{_nearest(value, arguments)}")
+        raise ConfigError(
+            f"{where}={value!r} is not one of {', '.join(map(str, arguments))}.{_nearest(value, arguments)}"
+        )
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where}={value!r}: expected a list.")

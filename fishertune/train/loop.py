@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from fishertune.segmentation.loss import SegmentationLoss
-from fishertune.segmentation.transforms import Normaliser
+from fishertune.segmentation.model import SegmentationModel
+from fishertune.segmentation.transforms import normalise
 from fishertune.train.checkpoint import trained_parameters
 from fishertune.train.data import BatchStream
 from fishertune.train.progress import Bar
@@ -53,10 +53,9 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train(
-    model: nn.Module,
+    model: SegmentationModel,
     optimizer: torch.optim.Optimizer,
     stream: BatchStream,
-    normalise: Normaliser,
     settings: LoopSettings,
     *,
     curve: Curve,
@@ -80,14 +79,16 @@ def train(
     model.train()
     done = len(curve.loss)
     total = 0.0
-    for position, (images, labels), names in stream.iterate(done * settings.accumulate, settings.steps * settings.accumulate):
+    for position, (images, labels), names in stream.iterate(
+        done * settings.accumulate, settings.steps * settings.accumulate
+    ):
         step, part = divmod(position, settings.accumulate)
         if part == 0:
             factor = (1.0 - step / settings.steps) ** settings.poly_power
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             total = 0.0
-        batch = (normalise(images.to(device)), labels.to(device))
+        batch = (normalise(images.to(device), model.mean, model.std), labels.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             loss = loss_fn(model, batch).mean() / settings.accumulate
         total += _finite(loss, settings, step, names, optimizer)

@@ -16,7 +16,7 @@ from fishertune.methods import Method, get_method
 from fishertune.partition import Partition, partition
 from fishertune.segmentation.datasets import SegmentationDataset
 from fishertune.segmentation.inference import evaluate, predict
-from fishertune.segmentation.metrics import DomainMetrics
+from fishertune.segmentation.model import resolve_blocks
 from fishertune.selection import Selection, select
 from fishertune.train.config import ConfigError, RunConfig, load_domains
 from fishertune.train.progress import Reporter
@@ -107,7 +107,11 @@ def _select_stage(
         scores = method.scores(candidates, backbone, estimated, derive_seed(config.seed, "selection"))
         if scores is None:
             return None
-        base = sum(p.numel() for p in backbone.parameters()) if config.select.base == "backbone" else candidates.n_candidates
+        base = (
+            sum(p.numel() for p in backbone.parameters())
+            if config.select.base == "backbone"
+            else candidates.n_candidates
+        )
         selection = select(scores, fraction=config.select.fraction, base=base)
         selection.save(folder.selection)
     stages["selection"] = StageResult(usage)
@@ -116,7 +120,9 @@ def _select_stage(
 
 def candidate_partition(config: RunConfig, backbone: torch.nn.Module) -> Partition:
     """The candidates of Eq. 3 in the blocks that run: later ones never see a gradient."""
-    return partition(backbone, kinds=config.select.kinds, blocks=range(max(config.backbone.blocks) + 1))
+    return partition(
+        backbone, kinds=config.select.kinds, blocks=range(resolve_blocks(backbone, config.backbone.blocks)[-1] + 1)
+    )
 
 
 def _touched(context: Context, selection: Selection | None) -> dict[str, torch.Tensor]:
@@ -139,23 +145,22 @@ def _save_result(
     save_tensors(folder.decoder, context.model.decode_head.state_dict(), {"head": context.config.head.kind})
 
 
-def _evaluate_stage(context: Context, folder: RunFolder) -> dict[str, DomainMetrics]:
+def _evaluate_stage(context: Context, folder: RunFolder) -> dict[str, dict[str, Any]]:
     path = folder.state / "evaluated.json"
-    done: dict[str, Any] = load_json(path) if path.is_file() else {}
-    results = {name: DomainMetrics.from_plain(value) for name, value in done.items()}
+    results: dict[str, dict[str, Any]] = load_json(path) if path.is_file() else {}
     domains = {SOURCE: context.data.validation, **context.data.unseen}
     for name, dataset in domains.items():
         if name in results:
             continue
         results[name] = evaluate_domain(context, name, dataset)
-        save_json(path, {key: value.to_plain() for key, value in results.items()})
+        save_json(path, results)
     if not folder.pictures.is_file():
         pictures: dict[str, torch.Tensor] = {}
         for name, dataset in domains.items():
             for number in range(min(PICTURES_PER_DOMAIN, len(dataset))):
                 # spread over the data set: neighbouring frames look alike
                 sample = dataset[number * len(dataset) // PICTURES_PER_DOMAIN]
-                image = context.normalise(sample.image[None].to(context.device))
+                image = context.normalised(sample.image[None])
                 pictures[f"{name}/{number}/image"] = sample.image
                 pictures[f"{name}/{number}/label"] = sample.label
                 logits = predict(context.model, image, context.config.evaluate.window, context.config.evaluate.stride)
@@ -164,20 +169,20 @@ def _evaluate_stage(context: Context, folder: RunFolder) -> dict[str, DomainMetr
     return results
 
 
-def evaluate_domain(context: Context, name: str, dataset: SegmentationDataset) -> DomainMetrics:
-    """mIoU of the context's model on one domain."""
+def evaluate_domain(context: Context, name: str, dataset: SegmentationDataset) -> dict[str, Any]:
+    """mIoU of the context's model on one domain, as ``metrics.json`` holds it."""
     config = context.config.evaluate
     with context.reporter.bar(f"evaluating {name}", len(dataset)) as bar:
-        return evaluate(
+        result = evaluate(
             context.model,
             dataset,
-            normalise=context.normalise,
             window=config.window,
             stride=config.stride,
             batch_size=config.batch_size,
-            device=context.device,
-            progress=bar.advance,
+            precision=context.config.tune.precision,
+            progress=bar.move_to,
         )
+    return result.to_dict()
 
 
 def _metrics(
@@ -185,7 +190,7 @@ def _metrics(
     method: Method,
     selection: Selection | None,
     stages: dict[str, StageResult],
-    domains: dict[str, DomainMetrics],
+    domains: dict[str, dict[str, Any]],
     folder: RunFolder,
 ) -> dict[str, Any]:
     config, backbone = context.config, context.model.backbone
@@ -194,7 +199,7 @@ def _metrics(
     return {
         "method": method.name,
         "seed": config.seed,
-        "domains": {name: result.to_plain() for name, result in domains.items()},
+        "domains": domains,
         "unseen_mean": unseen_mean(domains),
         "backbone_parameters": n_backbone,
         "tuned_parameters": tuned,
@@ -207,9 +212,9 @@ def _metrics(
     }
 
 
-def unseen_mean(domains: dict[str, DomainMetrics]) -> float | None:
+def unseen_mean(domains: dict[str, dict[str, Any]]) -> float | None:
     """Mean mIoU over the unseen domains, the paper's ``Av.``; None without any."""
-    values = [result.miou for name, result in domains.items() if name != SOURCE]
+    values = [result["miou"] for name, result in domains.items() if name != SOURCE]
     return sum(values) / len(values) if values else None
 
 
@@ -222,7 +227,8 @@ def _selection_metrics(context: Context, selection: Selection | None, folder: Ru
         "selected": len(selection),
         "threshold": selection.threshold,
         "share_by_block_and_kind": {
-            f"{block}.{kind}": count / len(selection) for (block, kind), count in candidates.share(selection.indices).items()
+            f"{block}.{kind}": count / len(selection)
+            for (block, kind), count in candidates.share(selection.indices).items()
         },
     }
     if folder.scores.is_file():
@@ -243,7 +249,9 @@ def load_run(path: str | Path, reporter: Reporter) -> Context:
     folder = RunFolder(path)
     config = folder.load_config()
     if not folder.decoder.is_file():
-        raise ConfigError(f"The run in {folder.path} is not finished: it has no decoder yet. Continue it with --resume.")
+        raise ConfigError(
+            f"The run in {folder.path} is not finished: it has no decoder yet. Continue it with --resume."
+        )
     context = build_context(config, reporter)
     if folder.delta.is_file():
         Delta.load(folder.delta).apply_(context.model.backbone)
@@ -253,7 +261,9 @@ def load_run(path: str | Path, reporter: Reporter) -> Context:
     return context
 
 
-def evaluate_folder(path: str | Path, data: Sequence[str] | None, *, reporter: Reporter | None = None) -> dict[str, Any]:
+def evaluate_folder(
+    path: str | Path, data: Sequence[str] | None, *, reporter: Reporter | None = None
+) -> dict[str, Any]:
     """Evaluates a finished run on its own domains, on some of them by name, or on those of a YAML file.
 
     Raises:
@@ -270,11 +280,13 @@ def evaluate_folder(path: str | Path, data: Sequence[str] | None, *, reporter: R
             for name, domain in load_domains(item).items():
                 chosen[name] = build_domain(domain, context.data.classes)
         else:
-            raise ConfigError(f"--data {item}: the run has no such domain. Domains: {', '.join(known)}; or a .yaml file.")
+            raise ConfigError(
+                f"--data {item}: the run has no such domain. Domains: {', '.join(known)}; or a .yaml file."
+            )
     results = {name: evaluate_domain(context, name, dataset) for name, dataset in chosen.items()}
     metrics = load_json(RunFolder(path).metrics)
     return {
         **metrics,
-        "domains": {name: result.to_plain() for name, result in results.items()},
+        "domains": results,
         "unseen_mean": unseen_mean(results),
     }

@@ -12,6 +12,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -28,11 +29,15 @@ class _Rate(ProgressColumn):
 class Bar:
     """One running bar; :meth:`advance` moves it by one."""
 
-    def __init__(self, progress: Progress, task: int) -> None:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
     def advance(self, note: str = "") -> None:
-        self._progress.update(self._task, advance=1, note=note)  # type: ignore[arg-type]
+        self._progress.update(self._task, advance=1, note=note)
+
+    def move_to(self, done: int, total: int) -> None:
+        """Sets the bar to ``done`` of ``total``."""
+        self._progress.update(self._task, completed=done, total=total)
 
 
 class Reporter:

@@ -33,26 +33,32 @@ def write_report(path: str | Path) -> Path:
     folder = RunFolder(path)
     config = folder.load_config()
     if not folder.metrics.is_file():
-        raise ValueError(f"The run in {folder.path} is not finished: it has no metrics.json. Continue it with --resume.")
+        raise ValueError(
+            f"The run in {folder.path} is not finished: it has no metrics.json. Continue it with --resume."
+        )
     metrics = load_json(folder.metrics)
     pictures, metadata = load_tensors(folder.pictures)
     classes = metadata["classes"]
     colours = palette_of(tuple(classes))
     selection = metrics["selection"]
-    page = _environment().get_template("report.html").render(
-        css=_css(),
-        metrics=metrics,
-        domains=metrics["domains"],
-        classes=classes,
-        summary=get_method(metrics["method"]).summary,
-        backbone=config.backbone.name,
-        percent=_percent,
-        selection=selection,
-        selection_figures=_selection_figures(selection) if selection else [],
-        legend=list(zip(classes, colours)),
-        pictures=_picture_rows(pictures, colours),
-        curves=_curves(metrics["curves"]),
-        config=folder.config.read_text(encoding="utf-8"),
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            css=_css(),
+            metrics=metrics,
+            domains=metrics["domains"],
+            classes=classes,
+            summary=get_method(metrics["method"]).summary,
+            backbone=config.backbone.name,
+            percent=_percent,
+            selection=selection,
+            selection_figures=_selection_figures(selection) if selection else [],
+            legend=list(zip(classes, colours)),
+            pictures=_picture_rows(pictures, colours),
+            curves=_curves(metrics["curves"]),
+            config=folder.config.read_text(encoding="utf-8"),
+        )
     )
     return _write(folder.report, page)
 
@@ -78,15 +84,19 @@ def write_comparison(out: str | Path, runs: Sequence[dict[str, Any]]) -> Path:
         ]
         rows.append(row)
     means = [run["unseen_mean"] for run in runs if run["unseen_mean"] is not None]
-    page = _environment().get_template("comparison.html").render(
-        css=_css(),
-        runs=runs,
-        unseen=unseen,
-        best=max(means, default=None),
-        percent=_percent,
-        bars=_bars(runs, unseen),
-        legend=list(zip(classes, colours)),
-        pictures=rows,
+    page = (
+        _environment()
+        .get_template("comparison.html")
+        .render(
+            css=_css(),
+            runs=runs,
+            unseen=unseen,
+            best=max(means, default=None),
+            percent=_percent,
+            bars=_bars(runs, unseen),
+            legend=list(zip(classes, colours)),
+            pictures=rows,
+        )
     )
     return _write(out / "report.html", page)
 

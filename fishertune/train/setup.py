@@ -12,7 +12,9 @@ from fishertune.segmentation.classes import CLASS_SETS
 from fishertune.segmentation.datasets import FolderDataset, SceneDataset, SegmentationDataset, corrupt
 from fishertune.segmentation.datasets.base import Sample
 from fishertune.segmentation.datasets.folder import class_presence
-from fishertune.segmentation.model import SegmentationModel, create_backbone
+from fishertune.segmentation.heads import create_head
+from fishertune.segmentation.inference import check_windows
+from fishertune.segmentation.model import SegmentationModel, create_backbone, feature_channels, resolve_blocks
 from fishertune.segmentation.tiny import create_tiny_backbone
 from fishertune.train.config import ConfigError, DataConfig, DomainConfig, RunConfig, ScenesConfig
 from fishertune.train.data import InMemory, RunData
@@ -121,17 +123,14 @@ def build_context(config: RunConfig, reporter: Reporter) -> Context:
         ConfigError, ValueError, FileNotFoundError: for anything that would stop the run later.
     """
     device = resolve_device(config.device)
-    get_method(config.method)
+    get_method(config.method)  # an unknown name should not wait for the data
+    check_windows(config.evaluate.window, config.evaluate.stride)
     data = build_data(config.data, reporter)
     backbone = build_backbone(config)
-    last = len(backbone.blocks) - 1
-    if max(config.backbone.blocks) > last or min(config.backbone.blocks) < 0:
-        raise ConfigError(
-            f"backbone.blocks={list(config.backbone.blocks)}: {config.backbone.name} has blocks 0 to {last}."
-        )
-    torch.manual_seed(derive_seed(config.seed, "head"))
-    model = SegmentationModel(backbone, config.backbone.blocks, len(data.classes), head=config.head.kind)
-    return Context(config, model.to(device), Normaliser.of(backbone), data, device, reporter)
+    channels = feature_channels(backbone, resolve_blocks(backbone, config.backbone.blocks))
+    head = create_head(config.head.kind, channels, len(data.classes), seed=derive_seed(config.seed, "head"))
+    model = SegmentationModel(backbone, head, config.backbone.blocks)
+    return Context(config, model.to(device), data, device, reporter)
 
 
 def build_backbone(config: RunConfig) -> nn.Module:

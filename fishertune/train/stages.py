@@ -17,7 +17,7 @@ from fishertune.methods.base import TuneSettings
 from fishertune.partition import Partition
 from fishertune.segmentation.loss import SegmentationLoss
 from fishertune.segmentation.model import SegmentationModel
-from fishertune.segmentation.transforms import Normaliser
+from fishertune.segmentation.transforms import normalise
 from fishertune.selection import Growth, PaperThreshold, Schedule, Selection
 from fishertune.train.checkpoint import load_checkpoint, save_checkpoint
 from fishertune.train.config import GrowthConfig, RunConfig
@@ -36,15 +36,16 @@ class Context:
 
     config: RunConfig
     model: SegmentationModel
-    normalise: Normaliser
     data: RunData
     device: torch.device
     reporter: Reporter
 
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images as the model takes them, on its device."""
+        return normalise(images.to(self.device), self.model.mean, self.model.std)
+
     def stream(self, stage: str, batch_size: int) -> BatchStream:
-        return BatchStream(
-            self.data.train, batch_size, seed=self.config.seed, stage=stage, config=self.config.augment
-        )
+        return BatchStream(self.data.train, batch_size, seed=self.config.seed, stage=stage, config=self.config.augment)
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,7 @@ def tune(context: Context, path: Path, method: Method, selection: Selection | No
         growth=growth_schedule(config.growth, context.config.select.fraction, config.steps),
     )
     optimizer = method.optimizer(context.model.backbone, context.model.decode_head, selection, settings)
-    loop = LoopSettings(
-        "tuning", config.steps, config.accumulate, config.clip, config.poly_power, config.precision
-    )
+    loop = LoopSettings("tuning", config.steps, config.accumulate, config.clip, config.poly_power, config.precision)
     return _train_stage(context, path, optimizer, selection, loop, config.batch_size)
 
 
@@ -118,7 +117,6 @@ def _train_stage(
                 context.model,
                 optimizer,
                 context.stream(name, batch_size),
-                context.normalise,
                 loop,
                 curve=curve,
                 bar=bar,
@@ -147,7 +145,7 @@ def estimate(context: Context, path: Path, checkpoint: Path, partition: Partitio
     stream = context.stream("estimation", context.config.estimate.batch_size)
     with estimation.usage, context.reporter.bar("estimation", steps, done) as bar:
         for step, (images, labels), _ in stream.iterate(done, steps):
-            estimation.update(step, (context.normalise(images.to(context.device)), labels.to(context.device)))
+            estimation.update(step, (context.normalised(images), labels.to(context.device)))
             bar.advance()
             if (step + 1) % context.config.checkpoint_every == 0 and step + 1 < steps:
                 estimation.save(checkpoint, step + 1)
@@ -224,7 +222,9 @@ class Estimation:
         """Goes on from a file of :meth:`save`; returns how many steps are done."""
         tensors, metadata = load_tensors(path)
         for part, owner in self._parts().items():
-            mine = {name.removeprefix(f"{part}/"): value for name, value in tensors.items() if name.startswith(f"{part}/")}
+            mine = {
+                name.removeprefix(f"{part}/"): value for name, value in tensors.items() if name.startswith(f"{part}/")
+            }
             owner.load_state_dict({"tensors": mine, **metadata[part]})
         self.usage = Usage(**metadata["usage"])
         return int(metadata["step"])
@@ -234,7 +234,7 @@ class Estimation:
 
     def _loss(self, step: int) -> SegmentationLoss:
         # x and x' draw the same labels where labels are sampled
-        return SegmentationLoss(generator=generator(self._context.config.seed, "labels", step))
+        return SegmentationLoss(seed=derive_seed(self._context.config.seed, "labels", step))
 
     def _parts(self) -> dict[str, Any]:
         parts = {"source": self._source, "shifted": self._shifted, "average": self.average, "domain": self._statistics}
