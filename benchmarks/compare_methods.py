@@ -1,4 +1,4 @@
-"""Methods side by side on one configuration: several seeds, each method's learning rate chosen on held-out source frames.
+"""Methods side by side on one configuration: several seeds, each learning rate chosen on held-out source frames.
 
     python benchmarks/compare_methods.py configs/camvid_dinov2_s.yaml --out runs/camvid --seeds 0 1 2
 

@@ -103,9 +103,8 @@ def _apply(options: argparse.Namespace, reporter: Reporter) -> None:
     else:
         delta.apply_(weights)
     save_tensors(options.out, weights, metadata)
-    reporter.line(
-        f"{'took' if options.undo else 'applied'} {delta.numel():,} values {'off' if options.undo else 'to'} {options.to}: {options.out}"
-    )
+    action = "taken off" if options.undo else "applied to"
+    reporter.line(f"{delta.numel():,} values {action} {options.to}: {options.out}")
 
 
 def _report(options: argparse.Namespace, reporter: Reporter) -> None:

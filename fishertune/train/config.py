@@ -317,11 +317,10 @@ def _union_from(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     sections = [kind for kind in choices if dataclasses.is_dataclass(kind)]
     if len(sections) > 1 and isinstance(value, Mapping):  # several sections share a key that says which one is meant
         kinds = {typing.get_args(typing.get_type_hints(kind)["kind"])[0]: kind for kind in sections}
-        if value.get("kind") not in kinds:
-            raise ConfigError(
-                f"{where}.kind={value.get('kind')!r} is not one of {', '.join(kinds)}.{_nearest(value.get('kind'), kinds)}"
-            )
-        return from_plain(kinds[value["kind"]], value, where)
+        named = value.get("kind")
+        if named not in kinds:
+            raise ConfigError(f"{where}.kind={named!r} is not one of {', '.join(kinds)}.{_nearest(named, kinds)}")
+        return from_plain(kinds[named], value, where)
     errors = []
     for kind in choices:
         try:

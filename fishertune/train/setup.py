@@ -109,8 +109,9 @@ def build_data(config: DataConfig, reporter: Reporter) -> RunData:
     if len(absent) == len(classes):
         raise ConfigError("The source domain shows none of the classes: check data.source.label_map and data.classes.")
     if absent:
+        looked_at = min(_PRESENCE_SAMPLES, len(data.train))
         reporter.warn(
-            f"the source domain never shows {', '.join(absent)} (in {min(_PRESENCE_SAMPLES, len(data.train))} images looked at); "
+            f"the source domain never shows {', '.join(absent)} ({looked_at} images looked at); "
             "no method can learn them, and they count as missed where an unseen domain has them."
         )
     return data

@@ -169,7 +169,7 @@ class Estimation:
         params = [_BACKBONE + name for name in dict.fromkeys(item.name for item in partition)]
 
         def estimator() -> PosteriorEstimator:
-            # One seed for both: the same draw of the weights on x and x', so that their difference is the domain's alone.
+            # One seed: the same draw of the weights on x and x', so that their difference is the domain's alone.
             return make_estimator(
                 config.estimator,
                 gamma=config.gamma,
