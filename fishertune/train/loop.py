@@ -113,5 +113,6 @@ def _finite(loss: torch.Tensor, settings: LoopSettings, step: int, names: list[s
     rates = ", ".join(f"{group['lr']:.2g}" for group in optimizer.param_groups)
     raise NonFiniteLossError(
         f"The loss became {value} at step {step} of {settings.stage} (learning rates {rates}; "
-        f"images {', '.join(names)}). Lower the learning rate or set a clip; the last checkpoint is intact and --resume continues from it."
+        f"images {', '.join(names)}). Lower the learning rate or set a clip; the last checkpoint is intact and "
+        "--resume continues from it."
     )

@@ -1,4 +1,4 @@
-"""Every random draw of a run is a pure function of (seed, purpose, position): a resumed run needs no generator state."""
+"""Every random draw of a run is a pure function of (seed, purpose, position): resuming needs no generator state."""
 
 from __future__ import annotations
 
