@@ -17,6 +17,8 @@ constexpr int64_t kElementChunk = int64_t{1} << 14;
 constexpr int64_t kNoiseChunk = int64_t{1} << 12;
 constexpr int64_t kScoreChunk = int64_t{1} << 16;
 constexpr int64_t kStepChunk = int64_t{1} << 12;
+constexpr int64_t kPlanHead = 3;
+constexpr int64_t kPlan = kPlanHead + kScoreChunk / 64;
 
 thread_local char last_error[512] = "";
 
@@ -77,6 +79,12 @@ const Kernels*& current() {
 
 bool is_dtype(int64_t code) { return code == FT_FP32 || code == FT_BF16 || code == FT_FP16; }
 bool is_index_dtype(int64_t code) { return code == FT_INT32 || code == FT_INT64; }
+
+const void* at(const void* data, int64_t dtype, int64_t i) {
+  return static_cast<const char*>(data) + i * (dtype == FT_FP32 ? 4 : 2);
+}
+
+void* at(void* data, int64_t dtype, int64_t i) { return static_cast<char*>(data) + i * (dtype == FT_FP32 ? 4 : 2); }
 
 template <class Row>
 int32_t check_list(const Row* rows, int64_t n_rows) {
@@ -156,7 +164,7 @@ int32_t ft_squared_grad_accumulate(const ft_square_row* rows, int64_t n_rows, do
     chunks.run(chunks.team(threads), [&](const Chunk& c) {
       const ft_square_row& row = rows[c.row];
       k.squared_grad_accumulate(row.accumulator + c.begin,
-                                static_cast<const char*>(row.grad) + c.begin * (row.dtype == FT_FP32 ? 4 : 2), row.dtype,
+                                at(row.grad, row.dtype, c.begin), row.dtype,
                                 c.end - c.begin, static_cast<float>(weight));
     });
     return FT_OK;
@@ -174,9 +182,8 @@ int32_t ft_gaussian_perturb(const ft_perturb_row* rows, int64_t n_rows, double p
     const Chunks chunks(n_rows, kNoiseChunk, [=](int64_t r) { return rows[r].numel; });
     chunks.run(chunks.team(threads, 2 * kNoiseChunk), [&](const Chunk& c) {
       const ft_perturb_row& row = rows[c.row];
-      const int64_t bytes = c.begin * (row.dtype == FT_FP32 ? 4 : 2);
-      k.gaussian_perturb(static_cast<const char*>(row.param) + bytes, row.excess + c.begin, static_cast<char*>(row.out) + bytes,
-                         row.dtype, c.end - c.begin, static_cast<float>(prior_precision), static_cast<float>(sign), seed, step,
+      k.gaussian_perturb(at(row.param, row.dtype, c.begin), row.excess + c.begin, at(row.out, row.dtype, c.begin), row.dtype,
+                         c.end - c.begin, static_cast<float>(prior_precision), static_cast<float>(sign), seed, step,
                          static_cast<uint64_t>(row.offset + c.begin));
     });
     return FT_OK;
@@ -192,7 +199,7 @@ int32_t ft_precision_update_natural(const ft_natural_row* rows, int64_t n_rows, 
     chunks.run(chunks.team(threads), [&](const Chunk& c) {
       const ft_natural_row& row = rows[c.row];
       k.precision_update_natural(row.excess + c.begin,
-                                 static_cast<const char*>(row.squared_grad) + c.begin * (row.dtype == FT_FP32 ? 4 : 2), row.dtype,
+                                 at(row.squared_grad, row.dtype, c.begin), row.dtype,
                                  c.end - c.begin, static_cast<float>(1.0 - beta), static_cast<float>(beta / gamma));
     });
     return FT_OK;
@@ -227,7 +234,7 @@ int32_t ft_precision_update_sgvb(const ft_sgvb_row* rows, int64_t n_rows, const 
     const Chunks chunks(n_rows, kNoiseChunk, [=](int64_t r) { return rows[r].numel; });
     chunks.run(chunks.team(threads, 2 * kNoiseChunk), [&](const Chunk& c) {
       const ft_sgvb_row& row = rows[c.row];
-      k.precision_update_sgvb(row.excess + c.begin, static_cast<const char*>(row.grad) + c.begin * (row.dtype == FT_FP32 ? 4 : 2),
+      k.precision_update_sgvb(row.excess + c.begin, at(row.grad, row.dtype, c.begin),
                               row.exp_avg + c.begin, row.exp_avg_sq + c.begin, row.dtype, c.end - c.begin, constants,
                               static_cast<uint64_t>(row.offset + c.begin));
     });
@@ -242,7 +249,7 @@ int32_t ft_dr_fim_score(const ft_score_row* rows, int64_t n_rows, int32_t kind, 
     if (kind < FT_F || kind > FT_DR_FIM_VARIATIONAL) return invalid("score kind %d; expected 0 to 3", static_cast<int>(kind));
     if (count < 1) return invalid("count is %lld; the first score has count 1", static_cast<long long>(count));
     for (int64_t r = 0; r < n_rows; ++r) {
-      const void* shifted = kind == FT_F && rows[r].shifted == nullptr ? rows[r].fisher : rows[r].shifted;
+      const void* shifted = kind == FT_F ? rows[r].fisher : rows[r].shifted;
       FT_TRY(check_row(r, rows[r].numel, rows[r].dtype, {rows[r].score, rows[r].fisher, shifted}));
     }
     ScoreConstants constants = {};
@@ -256,10 +263,9 @@ int32_t ft_dr_fim_score(const ft_score_row* rows, int64_t n_rows, int32_t kind, 
     const Chunks chunks(n_rows, kElementChunk, [=](int64_t r) { return rows[r].numel; });
     chunks.run(chunks.team(threads), [&](const Chunk& chunk) {
       const ft_score_row& row = rows[chunk.row];
-      const int64_t bytes = chunk.begin * (row.dtype == FT_FP32 ? 4 : 2);
-      const void* shifted = row.shifted == nullptr ? nullptr : static_cast<const char*>(row.shifted) + bytes;
-      k.dr_fim_score(row.score + chunk.begin, static_cast<const char*>(row.fisher) + bytes, shifted, row.dtype,
-                     chunk.end - chunk.begin, constants);
+      const void* shifted = kind == FT_F ? row.fisher : row.shifted;
+      k.dr_fim_score(row.score + chunk.begin, at(row.fisher, row.dtype, chunk.begin), at(shifted, row.dtype, chunk.begin),
+                     row.dtype, chunk.end - chunk.begin, constants);
     });
     return FT_OK;
   });
@@ -292,7 +298,7 @@ int32_t ft_key_histogram(const ft_scores* rows, int64_t n_rows, int32_t shift, i
       const ft_scores& row = rows[c.row];
       const int64_t n = c.end - c.begin;
       if (pending[c.thread] + n > INT32_MAX) flush(c.thread);  // before a 32-bit counter can wrap
-      k.key_histogram(static_cast<const char*>(row.score) + c.begin * (row.dtype == FT_FP32 ? 4 : 2), row.dtype, n, shift, bits,
+      k.key_histogram(at(row.score, row.dtype, c.begin), row.dtype, n, shift, bits,
                       prefix_mask, prefix, counters.data() + c.thread * kReplicas * stride, stride);
       pending[c.thread] += n;
     });
@@ -304,11 +310,12 @@ int32_t ft_key_histogram(const ft_scores* rows, int64_t n_rows, int32_t shift, i
   });
 }
 
-// The plan holds, per chunk, how many indices precede the chunk's in its tensor and how many ties the chunk keeps.
+// The plan holds, per chunk: how many indices precede the chunk's in its tensor, how many ties it has, how many of them it
+// keeps, and its marks.
 int64_t ft_compact_plan_size(const ft_compact_row* rows, int64_t n_rows) {
   int64_t chunks = 0;
   for (int64_t r = 0; r < n_rows; ++r) chunks += (rows[r].numel + kScoreChunk - 1) / kScoreChunk;
-  return 2 * chunks;
+  return chunks * kPlan;
 }
 
 int32_t ft_compact_count(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* plan, int64_t* counts,
@@ -321,17 +328,19 @@ int32_t ft_compact_count(const ft_compact_row* rows, int64_t n_rows, float value
     const Chunks chunks(n_rows, kScoreChunk, [=](int64_t r) { return rows[r].numel; });
     chunks.run(chunks.team(threads), [&](const Chunk& c) {
       const ft_compact_row& row = rows[c.row];
-      k.count_above(static_cast<const char*>(row.score) + c.begin * (row.dtype == FT_FP32 ? 4 : 2), row.dtype, c.end - c.begin,
-                    value, &plan[2 * c.id], &plan[2 * c.id + 1]);
+      int64_t* const p = plan + kPlan * c.id;
+      k.mark_selected(at(row.score, row.dtype, c.begin), row.dtype, c.end - c.begin, value,
+                      reinterpret_cast<uint64_t*>(p + kPlanHead), &p[0], &p[1]);
     });
     for (int64_t r = 0; r < n_rows; ++r) {
       int64_t before = 0, ties = rows[r].ties;
       for (int64_t id = chunks.first_of(r); id < chunks.first_of(r + 1); ++id) {
-        const int64_t kept = std::min(ties, plan[2 * id + 1]), selected = plan[2 * id] + kept;
-        plan[2 * id] = before;
-        plan[2 * id + 1] = kept;
+        int64_t* const p = plan + kPlan * id;
+        p[2] = std::min(ties, p[1]);
+        const int64_t selected = p[0] + p[2];
+        p[0] = before;
         before += selected;
-        ties -= kept;
+        ties -= p[2];
       }
       counts[r] = before;
     }
@@ -339,7 +348,7 @@ int32_t ft_compact_count(const ft_compact_row* rows, int64_t n_rows, float value
   });
 }
 
-int32_t ft_compact_write(const ft_compact_row* rows, int64_t n_rows, float value, const int64_t* plan, int32_t threads) {
+int32_t ft_compact_write(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* plan, int32_t threads) {
   return guarded([&]() -> int32_t {
     FT_TRY(check_list(rows, n_rows));
     for (int64_t r = 0; r < n_rows; ++r) {
@@ -353,9 +362,11 @@ int32_t ft_compact_write(const ft_compact_row* rows, int64_t n_rows, float value
     const Chunks chunks(n_rows, kScoreChunk, [=](int64_t r) { return rows[r].numel; });
     chunks.run(chunks.team(threads), [&](const Chunk& c) {
       const ft_compact_row& row = rows[c.row];
-      k.write_selected(static_cast<const char*>(row.score) + c.begin * (row.dtype == FT_FP32 ? 4 : 2), row.dtype, c.end - c.begin,
-                       value, plan[2 * c.id + 1], c.begin,
-                       static_cast<char*>(row.index) + plan[2 * c.id] * (row.index_dtype == FT_INT32 ? 4 : 8), row.index_dtype);
+      int64_t* const p = plan + kPlan * c.id;
+      uint64_t* const marks = reinterpret_cast<uint64_t*>(p + kPlanHead);
+      if (p[2] < p[1]) k.unmark_ties(at(row.score, row.dtype, c.begin), row.dtype, c.end - c.begin, value, p[2], marks);
+      k.write_marked(marks, c.end - c.begin, c.begin, static_cast<char*>(row.index) + p[0] * (row.index_dtype == FT_INT32 ? 4 : 8),
+                     row.index_dtype);
     });
     return FT_OK;
   });

@@ -69,7 +69,7 @@ static void dr_fim_score(float* __restrict score, const void* fisher, const void
                          const ScoreConstants& constants) {
   const ScoreConstants k = constants;
   with_dtype(fisher, dtype, [=](const auto* __restrict f) {
-    const auto* __restrict s = static_cast<decltype(f)>(shifted == nullptr ? fisher : shifted);
+    const auto* __restrict s = static_cast<decltype(f)>(shifted);
     for (int64_t i = 0; i < n; ++i) {
       const float a = widen(f[i]), b = widen(s[i]);
       const float ratio = __builtin_fabsf(a - b) / (select(a < b, a, b) + k.damping);

@@ -37,10 +37,12 @@ struct Kernels {
   // `counters` holds kReplicas rows of `stride` counters; NaN goes to counter 2^bits of its row.
   void (*key_histogram)(const void* score, int64_t dtype, int64_t n, int shift, int bits, uint32_t prefix_mask,
                         uint32_t prefix, uint32_t* counters, int64_t stride);
-  void (*count_above)(const void* score, int64_t dtype, int64_t n, float value, int64_t* above, int64_t* equal);
-  // Writes base + i of every score above `value` and of the first `ties` equal to it.
-  void (*write_selected)(const void* score, int64_t dtype, int64_t n, float value, int64_t ties, int64_t base, void* index,
-                         int64_t index_dtype);
+  // Bit i of `marks`, which holds a bit for each of n rounded up to 64, becomes score[i] >= value.
+  void (*mark_selected)(const void* score, int64_t dtype, int64_t n, float value, uint64_t* marks, int64_t* above,
+                        int64_t* equal);
+  void (*unmark_ties)(const void* score, int64_t dtype, int64_t n, float value, int64_t ties, uint64_t* marks);
+  // Writes base + i for every marked i.
+  void (*write_marked)(const uint64_t* marks, int64_t n, int64_t base, void* index, int64_t index_dtype);
   // Elements [begin, end) of the row's compact arrays.
   void (*sparse_adamw)(const ft_adamw_row& row, int64_t begin, int64_t end, const AdamWConstants& k);
 };

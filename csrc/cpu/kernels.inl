@@ -30,8 +30,9 @@ static constexpr Kernels table = {FT_ISA_NAME,
                                   precision_update_sgvb,
                                   dr_fim_score,
                                   key_histogram,
-                                  count_above,
-                                  write_selected,
+                                  mark_selected,
+                                  unmark_ties,
+                                  write_marked,
                                   sparse_adamw};
 
 }  // namespace FT_ISA

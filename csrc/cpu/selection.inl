@@ -140,105 +140,92 @@ static void key_histogram(const void* score, int64_t dtype, int64_t n, int shift
   });
 }
 
-// Comparisons below are on floats; a thread that flushes subnormals (torch.set_flush_denormal) would see them equal to zero.
-struct SubnormalsCount {
-#if defined(__SSE2__)
-  unsigned saved = _mm_getcsr();
-  SubnormalsCount() { _mm_setcsr(saved & ~0x8040u); }
-  ~SubnormalsCount() { _mm_setcsr(saved); }
-#else
-  SubnormalsCount() {}
-  ~SubnormalsCount() {}
-#endif
-  SubnormalsCount(const SubnormalsCount&) = delete;
-  SubnormalsCount& operator=(const SubnormalsCount&) = delete;
-};
-
-static void count_above(const void* score, int64_t dtype, int64_t n, float value, int64_t* above, int64_t* equal) {
-  const SubnormalsCount guard;
-  int64_t greater = 0, ties = 0;
-  with_fp32_blocks(score, dtype, n, [&](const float* x, int64_t, int64_t m) {
-    for (int64_t i = 0; i < m; i += kBlock) {
-      const int64_t end = m - i < kBlock ? m : i + kBlock;
-      int32_t g = 0, t = 0;
-      for (int64_t j = i; j < end; ++j) {
-        g += x[j] > value;
-        t += x[j] == value;
+// One bit per score: is it at least `value`? The scores are read once; indices come from the bits.
+static void mark_selected(const void* score, int64_t dtype, int64_t n, float value, uint64_t* marks, int64_t* above,
+                          int64_t* equal) {
+  int64_t kept = 0, ties = 0;
+  with_fp32_blocks(score, dtype, n, [&](const float* x, int64_t offset, int64_t m) {
+    uint64_t* const out = marks + offset / 64;
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    const __m512 v = _mm512_set1_ps(value);
+    for (; i + 64 <= m; i += 64) {
+      uint64_t bits = 0, tied = 0;
+      for (int part = 0; part < 4; ++part) {
+        const __m512 s = _mm512_loadu_ps(x + i + 16 * part);
+        bits |= static_cast<uint64_t>(_mm512_cmp_ps_mask(s, v, _CMP_GE_OQ)) << (16 * part);
+        tied |= static_cast<uint64_t>(_mm512_cmp_ps_mask(s, v, _CMP_EQ_OQ)) << (16 * part);
       }
-      greater += g;
-      ties += t;
+      out[i / 64] = bits;
+      kept += __builtin_popcountll(bits);
+      ties += __builtin_popcountll(tied);
+    }
+#elif defined(__AVX2__)
+    const __m256 v = _mm256_set1_ps(value);
+    for (; i + 64 <= m; i += 64) {
+      uint64_t bits = 0, tied = 0;
+      for (int part = 0; part < 8; ++part) {
+        const __m256 s = _mm256_loadu_ps(x + i + 8 * part);
+        bits |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(s, v, _CMP_GE_OQ))) << (8 * part);
+        tied |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(s, v, _CMP_EQ_OQ))) << (8 * part);
+      }
+      out[i / 64] = bits;
+      kept += __builtin_popcountll(bits);
+      ties += __builtin_popcountll(tied);
+    }
+#endif
+    for (; i < m; i += 64) {
+      const int64_t end = m - i < 64 ? m - i : 64;
+      uint64_t bits = 0;
+      for (int64_t j = 0; j < end; ++j) {
+        bits |= static_cast<uint64_t>(x[i + j] >= value) << j;
+        ties += x[i + j] == value;
+      }
+      out[i / 64] = bits;
+      kept += __builtin_popcountll(bits);
     }
   });
-  *above = greater;
+  *above = kept - ties;
   *equal = ties;
 }
 
-template <class Index>
-static int64_t write_block(const float* x, int64_t n, float value, int64_t* ties, int64_t base, Index* out) {
-  Index* const start = out;
-  int64_t i = 0;
-#if defined(__AVX512F__)
-  const __m512 v = _mm512_set1_ps(value);
-  const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (; i + 16 <= n; i += 16) {
-    const __m512 s = _mm512_loadu_ps(x + i);
-    uint32_t keep = _mm512_cmp_ps_mask(s, v, _CMP_GE_OQ);
-    if (keep == 0) continue;
-    uint32_t equal = _mm512_cmp_ps_mask(s, v, _CMP_EQ_OQ);
-    for (; equal != 0; equal &= equal - 1) {
-      if (*ties > 0) {
-        --*ties;
-      } else {
-        keep &= ~(equal & (0u - equal));
+// Unmarks every score equal to `value` after the first `ties` of them.
+static void unmark_ties(const void* score, int64_t dtype, int64_t n, float value, int64_t ties, uint64_t* marks) {
+  with_fp32_blocks(score, dtype, n, [&](const float* x, int64_t offset, int64_t m) {
+    for (int64_t i = 0; i < m; i += 64) {
+      for (uint64_t bits = marks[(offset + i) / 64]; bits != 0; bits &= bits - 1) {
+        const int j = __builtin_ctzll(bits);
+        if (x[i + j] == value && --ties < 0) marks[(offset + i) / 64] &= ~(uint64_t{1} << j);
       }
     }
-    const int kept = __builtin_popcount(keep);
-    if constexpr (sizeof(Index) == 4) {
-      // A store of exactly `kept` lanes: the next chunk's thread may own the memory behind them.
-      const __m512i index = _mm512_add_epi32(ramp, _mm512_set1_epi32(static_cast<int32_t>(base + i)));
-      _mm512_mask_storeu_epi32(out, static_cast<__mmask16>((1u << kept) - 1u),
-                               _mm512_maskz_compress_epi32(static_cast<__mmask16>(keep), index));
-      out += kept;
-    } else {
-      for (; keep != 0; keep &= keep - 1) *out++ = static_cast<Index>(base + i + __builtin_ctz(keep));
-    }
-  }
-#elif defined(__AVX2__)
-  const __m256 v = _mm256_set1_ps(value);
-  for (; i + 32 <= n; i += 32) {
-    uint32_t keep = 0, equal = 0;
-    for (int part = 0; part < 4; ++part) {
-      const __m256 s = _mm256_loadu_ps(x + i + 8 * part);
-      keep |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(s, v, _CMP_GE_OQ))) << (8 * part);
-      equal |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(s, v, _CMP_EQ_OQ))) << (8 * part);
-    }
-    for (; equal != 0; equal &= equal - 1) {
-      if (*ties > 0) {
-        --*ties;
-      } else {
-        keep &= ~(equal & (0u - equal));
-      }
-    }
-    for (; keep != 0; keep &= keep - 1) *out++ = static_cast<Index>(base + i + __builtin_ctz(keep));
-  }
-#endif
-  for (; i < n; ++i) {
-    if (x[i] > value) {
-      *out++ = static_cast<Index>(base + i);
-    } else if (x[i] == value && *ties > 0) {
-      --*ties;
-      *out++ = static_cast<Index>(base + i);
-    }
-  }
-  return out - start;
+  });
 }
 
-static void write_selected(const void* score, int64_t dtype, int64_t n, float value, int64_t ties, int64_t base, void* index,
-                           int64_t index_dtype) {
-  const SubnormalsCount guard;
-  int64_t written = 0;
-  with_fp32_blocks(score, dtype, n, [&](const float* x, int64_t i, int64_t m) {
-    written += index_dtype == FT_INT32 ? write_block(x, m, value, &ties, base + i, static_cast<int32_t*>(index) + written)
-                                       : write_block(x, m, value, &ties, base + i, static_cast<int64_t*>(index) + written);
-  });
+template <class Index>
+static void expand(const uint64_t* marks, int64_t n_words, int64_t base, Index* out) {
+  for (int64_t w = 0; w < n_words; ++w, base += 64) {
+    uint64_t bits = marks[w];
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Index) == 4) {
+      const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      for (int part = 0; bits != 0; ++part, bits >>= 16) {
+        const __mmask16 keep = static_cast<__mmask16>(bits);
+        const int kept = __builtin_popcount(keep);
+        const __m512i index = _mm512_add_epi32(ramp, _mm512_set1_epi32(static_cast<int32_t>(base + 16 * part)));
+        // Exactly `kept` lanes: another thread may own the memory behind them.
+        _mm512_mask_storeu_epi32(out, static_cast<__mmask16>((1u << kept) - 1u), _mm512_maskz_compress_epi32(keep, index));
+        out += kept;
+      }
+    }
+#endif
+    for (; bits != 0; bits &= bits - 1) *out++ = static_cast<Index>(base + __builtin_ctzll(bits));
+  }
+}
+
+static void write_marked(const uint64_t* marks, int64_t n, int64_t base, void* index, int64_t index_dtype) {
+  if (index_dtype == FT_INT32) {
+    expand(marks, (n + 63) / 64, base, static_cast<int32_t*>(index));
+  } else {
+    expand(marks, (n + 63) / 64, base, static_cast<int64_t*>(index));
+  }
 }

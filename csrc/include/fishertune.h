@@ -122,8 +122,8 @@ FT_API int32_t ft_key_histogram(const ft_scores* rows, int64_t n_rows, int32_t s
                                 uint32_t prefix, int64_t* histogram, int32_t threads);
 
 /* Selection to indices, in two calls. ft_compact_count fills, for each tensor, the number of scores above `value` plus the
- * smaller of its quota and its ties with `value`; `plan` (ft_compact_plan_size int64 values) carries where each chunk's
- * output starts to ft_compact_write, which writes the sorted flat indices. The scores must not change in between.
+ * smaller of its quota and its ties with `value`; `plan` (ft_compact_plan_size int64 values, 1/32 of the bytes of fp32
+ * scores) carries a bit per score to ft_compact_write, which writes the sorted flat indices without another read. The scores must not change in between.
  * Ties are kept from the lowest index up. NaN is never selected. */
 typedef struct {
   const void* score;
@@ -136,8 +136,7 @@ typedef struct {
 FT_API int64_t ft_compact_plan_size(const ft_compact_row* rows, int64_t n_rows);
 FT_API int32_t ft_compact_count(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* plan, int64_t* counts,
                                 int32_t threads);
-FT_API int32_t ft_compact_write(const ft_compact_row* rows, int64_t n_rows, float value, const int64_t* plan,
-                                int32_t threads);
+FT_API int32_t ft_compact_write(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* plan, int32_t threads);
 
 /* AdamW with decoupled weight decay (torch.optim.AdamW) on the `count` elements at `index` (sorted, unique) of a dense
  * parameter; the moments, scores and master values are compact. Where score < active_threshold the moments move and the

@@ -1,4 +1,4 @@
-"""Flat indices of the selected elements in C++: one read counts, a second one writes."""
+"""Flat indices of the selected elements in C++: one read leaves a bit per score, indices come from the bits."""
 
 from __future__ import annotations
 

@@ -11,8 +11,9 @@ import torch
 
 from ..native import DTYPES, Rows, call
 
-TILE_ELEMENTS = 1 << 18
-"""Product elements per tile: 1 MiB, half of a usual second-level cache."""
+TILE_ELEMENTS = 1 << 19
+"""Product elements per tile and thread: 2 MiB, a second-level cache. Smaller tiles were measured to lose more in the matrix
+product and in starting threads than they save in cache misses."""
 
 
 def per_sample_squared_grad_(
@@ -24,7 +25,7 @@ def per_sample_squared_grad_(
 ) -> None:
     n_samples, _, n_in = x_NTI.shape
     n_out = dy_NTO.shape[2]
-    tile = max(1, min(n_out, TILE_ELEMENTS // max(n_in, 1)))
+    tile = max(1, min(n_out, TILE_ELEMENTS * torch.get_num_threads() // max(n_in, 1)))
     product_OI = torch.empty(tile, n_in, dtype=torch.float32, device="cpu")
     # A surrounding autocast region would run the product in half precision.
     with torch.autocast("cpu", enabled=False):
