@@ -10,7 +10,9 @@ values is checked in the ``_run_*`` functions, before anything is written.
 
 from __future__ import annotations
 
+import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -18,7 +20,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import dispatch
 
@@ -146,14 +147,14 @@ def _check_offsets(offsets: Sequence[int]) -> None:
             raise ValueError(f"offsets[{i}]={offset} is negative; expected the global flat index of the first element.")
 
 
-_known_indices = WeakTensorKeyDictionary()
+_known_indices: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # id → index, its version, its tensor's size
 
 
 def _check_indices(names: str, tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
     """In range, rising, without repeats: parallel writes rely on it. Reads an index tensor once and remembers it."""
     for i, (tensor, index) in enumerate(zip(tensors, indices, strict=True)):
-        fingerprint = (tensor.numel(), -1 if index.is_inference() else index._version)
-        if _known_indices.get(index) == fingerprint:
+        known = _known_indices.get(id(index))
+        if known and known[0]() is index and known[1] == index._version and known[2] == tensor.numel():
             continue
         if index.numel():
             low, high = int(index[0]), int(index[-1])
@@ -164,8 +165,14 @@ def _check_indices(names: str, tensors: Sequence[Tensor], indices: Sequence[Tens
                 )
             if not bool((index[1:] > index[:-1]).all()):
                 raise ValueError(f"indices[{i}] is not rising or repeats an entry. Pass torch.unique(index).")
-        if not index.is_inference():
-            _known_indices[index] = fingerprint
+        if not index.is_inference():  # inference tensors have no version to tell whether they changed
+            key = id(index)
+            forget = functools.partial(_forget_index, key)
+            _known_indices[key] = (weakref.ref(index, forget), index._version, tensor.numel())
+
+
+def _forget_index(key: int, _: weakref.ref[Tensor]) -> None:
+    _known_indices.pop(key, None)
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,370 @@
+"""Every operator against an oracle that is not ours: torch.optim, autograd, numpy, the generator's published vectors."""
+
+import math
+
+import fishertune_kernels as fk
+import numpy as np
+import pytest
+import torch
+from fishertune_kernels.philox import philox4x32, standard_normal
+
+EPS = 2.0**-24  # half a unit in the last place of float32, relative
+
+
+def exact_philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox-4x32-10 in Python's unbounded integers, after Random123's philox.h."""
+    for _ in range(10):
+        low0, high0 = (0xD2511F53 * counter[0]) % 2**32, (0xD2511F53 * counter[0]) // 2**32
+        low1, high1 = (0xCD9E8D57 * counter[2]) % 2**32, (0xCD9E8D57 * counter[2]) // 2**32
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return counter
+
+
+def exact_normal(index: int, seed: int, step: int) -> float:
+    block, lane = divmod(index, 4)
+    words = exact_philox(
+        [block % 2**32, block // 2**32, step % 2**32, step // 2**32], [seed % 2**32, seed // 2**32]
+    )
+    u = [((word >> 8) + 0.5) / 2**24 for word in words]
+    radius, angle = math.sqrt(-2 * math.log(u[lane & 2])), 2 * math.pi * u[(lane & 2) + 1]
+    return radius * (math.sin(angle) if lane & 1 else math.cos(angle))
+
+
+# Random123's kat_vectors, "philox4x32 10".
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(counter: list[int], key: list[int], expected: list[int]) -> None:
+    words = philox4x32(tuple(torch.tensor([c]) for c in counter), tuple(key))
+    assert [int(word) for word in words] == expected
+    assert exact_philox(counter, key) == expected  # the oracle of the tests below
+
+
+@pytest.mark.parametrize("offset", [0, 1, 6, 2**32 - 3, 2**34 - 2, 2**34 + 1, 2**40 + 3])
+def test_normal_draws_belong_to_their_global_index(offset: int) -> None:
+    seed, step = 0x1234_5678_9ABC_DEF0, 0x5_0000_0007  # both words of each are in use
+    draws = standard_normal(9, seed=seed, step=step, offset=offset, dtype=torch.float64)
+    expected = [exact_normal(offset + i, seed, step) for i in range(9)]
+    torch.testing.assert_close(draws, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+def test_normal_draws_are_normal() -> None:
+    n = 200_000
+    draws = standard_normal(n, seed=1, step=2, offset=0, dtype=torch.float64)
+    # Five standard errors of the mean, variance, kurtosis and neighbour correlation of n normal draws.
+    assert abs(draws.mean()) < 5 / math.sqrt(n)
+    assert abs(draws.var() - 1) < 5 * math.sqrt(2 / n)
+    assert abs((draws**4).mean() - 3) < 5 * math.sqrt(96 / n)
+    for lag in (1, 2, 3, 4):
+        assert abs((draws[lag:] * draws[:-lag]).mean()) < 5 / math.sqrt(n)
+    assert not torch.equal(draws, standard_normal(n, seed=1, step=3, offset=0, dtype=torch.float64))
+
+
+def test_gaussian_perturb_is_the_formula(backend: str, generator: torch.Generator) -> None:
+    params = [torch.randn(5, 7, generator=generator), torch.randn(11, generator=generator), torch.empty(0)]
+    excess = [torch.rand(tensor.shape, generator=generator) * 3 for tensor in params]
+    perturbed = fk.gaussian_perturb(params, excess, prior_precision=0.5, seed=9, step=3, sign=-1.0)
+    index = 0
+    for param, excess_i, result in zip(params, excess, perturbed, strict=True):
+        epsilon = torch.tensor([exact_normal(index + i, 9, 3) for i in range(param.numel())], dtype=torch.float64)
+        expected = param.double() - epsilon.view(param.shape) / (excess_i.double() + 0.5).sqrt()
+        # The angle 2πu in float32 is off by up to 2π·EPS, at a radius of at most 5.9 and a deviation of at most √2.
+        torch.testing.assert_close(result.double(), expected, rtol=4 * EPS, atol=8 * math.pi * 5.9 * math.sqrt(2) * EPS)
+        assert result.dtype == param.dtype
+        index += param.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shards_draw_what_the_whole_draws(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    whole = torch.randn(1003, generator=generator).to(dtype)
+    excess = torch.rand(1003, generator=generator)
+    expected = fk.gaussian_perturb(whole, excess, prior_precision=1.0, seed=4, step=5, offsets=[77])[0]
+    for cuts in ([1, 1, 400, 999], [502], [3, 6, 9, 700]):  # at multiples of four and not, empty shards too
+        sizes = np.diff([0, *cuts, 1003]).tolist()
+        offsets = [77 + start for start in [0, *cuts]]
+        shards = fk.gaussian_perturb(
+            whole.split(sizes), excess.split(sizes), prior_precision=1.0, seed=4, step=5, offsets=offsets
+        )
+        assert torch.equal(torch.cat(shards), expected)
+
+
+def test_antithetic_draws_mirror(backend: str) -> None:
+    zero, excess = torch.zeros(100), torch.ones(100)
+    plus, minus = (
+        fk.gaussian_perturb(zero, excess, prior_precision=1.0, seed=1, step=1, sign=sign)[0] for sign in (1.0, -1.0)
+    )
+    assert torch.equal(plus, -minus)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_squared_grad_accumulate(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    grads = [torch.randn(shape, generator=generator).to(dtype) for shape in [(3, 5), (0,), (65,), ()]]
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    accumulators = [torch.rand(grad.shape, generator=generator, dtype=state) for grad in grads]
+    expected = [acc.double() + 0.25 * grad.double() ** 2 for acc, grad in zip(accumulators, grads, strict=True)]
+    fk.squared_grad_accumulate_(accumulators, grads, 0.25)
+    for accumulator, value in zip(accumulators, expected, strict=True):
+        # three roundings: g², its product with the weight (exact here), the sum
+        torch.testing.assert_close(accumulator.double(), value, rtol=3 * EPS, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_per_sample_squared_grad_equals_vmap(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    n, t, i, o = 3, 7, 10, 5
+    x = torch.randn(n, t, i, generator=generator).to(dtype)
+    dy = torch.randn(n, t, o, generator=generator).to(dtype)
+    weight = torch.zeros(o, i, dtype=torch.float64)
+    bias = torch.zeros(o, dtype=torch.float64)
+
+    def loss(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+        return (torch.nn.functional.linear(x, weight, bias) * dy).sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(None, None, 0, 0))
+    expected_OI, expected_O = ((grad**2).sum(0) / n for grad in per_sample(weight, bias, x.double(), dy.double()))
+
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    accumulator_OI, accumulator_O = torch.ones(o, i, dtype=state), torch.ones(o, dtype=state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the product
+        fk.per_sample_squared_grad_(accumulator_OI, x, dy, 1 / n, accumulator_O)
+    # A dot product of t terms is off by t·EPS of the sum of their sizes (here below 25), the square doubles that.
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if state == torch.float64 else {"rtol": 0, "atol": 2 * 25 * 25 * t * EPS}
+    torch.testing.assert_close(accumulator_OI.double(), expected_OI + 1, **tolerance)
+    torch.testing.assert_close(accumulator_O.double(), expected_O + 1, **tolerance)
+
+
+def test_per_sample_squared_grad_of_nothing(backend: str) -> None:
+    accumulator = torch.ones(3, 2)
+    fk.per_sample_squared_grad_(accumulator, torch.empty(0, 4, 2), torch.empty(0, 4, 3))
+    fk.per_sample_squared_grad_(accumulator, torch.empty(2, 0, 2), torch.empty(2, 0, 3))
+    assert torch.equal(accumulator, torch.ones(3, 2))
+
+
+def literal_score(f: np.ndarray, s: np.ndarray, kind: str, c: float, gamma: float, prior: float, eps: float) -> np.ndarray:
+    delta = np.abs(f - s) / (np.minimum(f, s) + eps)
+    if kind == "dr_fim_variational":
+        precision, shifted = f + prior, s + prior  # Eq. 15 as printed, with Λ
+        ratio = np.abs(precision - shifted) / (np.minimum(precision, shifted) + eps / gamma)
+        return gamma * (precision - prior + c * ratio)
+    return {"f": f, "delta_f": delta, "dr_fim": f + c * delta}[kind]
+
+
+@pytest.mark.parametrize("kind", ["f", "delta_f", "dr_fim", "dr_fim_variational"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scores_are_the_papers_formulas(
+    backend: str, kind: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    fisher = [torch.rand(shape, generator=generator).to(dtype) for shape in [(4, 9), (0,), (33,)]]
+    shifted = [torch.rand(tensor.shape, generator=generator).to(dtype) for tensor in fisher]
+    fisher[0][0, 0] = shifted[0][0, 0] = 0.0  # a dead parameter: 0/(0 + eps)
+    arguments = {"gamma": 0.5, "prior_precision": 2.0, "eps": 1e-8}
+    result = fk.dr_fim_score(fisher, shifted, kind=kind, c=0.7, **arguments)
+    running = [torch.full(tensor.shape, math.nan, dtype=result[0].dtype) for tensor in fisher]
+    fk.dr_fim_score_(running, fisher, shifted, count=1, kind=kind, c=0.7, **arguments)
+    fk.dr_fim_score_(running, fisher, shifted, count=2, kind=kind, c=0.1, **arguments)
+    for f, s, score, mean in zip(fisher, shifted, result, running, strict=True):
+        assert score.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        expected, second = (
+            literal_score(f.double().numpy(), s.double().numpy(), kind, c, 0.5, 2.0, 1e-8) for c in (0.7, 0.1)
+        )
+        # |f − s| is exact to EPS, and so is every following operation; ten of them at most
+        np.testing.assert_allclose(score.double().numpy(), expected, rtol=10 * EPS)
+        np.testing.assert_allclose(mean.double().numpy(), (expected + second) / 2, rtol=20 * EPS)
+
+
+def test_natural_update(backend: str, generator: torch.Generator) -> None:
+    excess = [torch.rand(31, generator=generator), torch.empty(0)]
+    squares = [torch.rand(31, generator=generator), torch.empty(0)]
+    expected = 0.9 * excess[0].double() + 0.1 * squares[0].double() / 0.25
+    fk.precision_update_(excess, squares, method="natural", beta=0.1, gamma=0.25)
+    torch.testing.assert_close(excess[0].double(), expected, rtol=4 * EPS, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_sgvb_update_is_adam_on_the_log_precision(
+    backend: str, dtype: torch.dtype, sign: float, generator: torch.Generator
+) -> None:
+    """Autograd differentiates g·θ(log Λ) + γ·KL, torch.optim.Adam steps: neither knows our closed form."""
+    n, prior, gamma, seed = 37, 0.8, 0.3, 21
+    excess = torch.rand(n, generator=generator, dtype=dtype)
+    log_precision = torch.log(excess.double() + prior).requires_grad_()
+    optimizer = torch.optim.Adam([log_precision], lr=0.05, betas=(0.8, 0.95), eps=1e-6)
+    exp_avg, exp_avg_sq = torch.zeros(n, dtype=dtype), torch.zeros(n, dtype=dtype)
+    for step in range(1, 6):
+        grad = torch.randn(n, generator=generator, dtype=dtype)
+        epsilon = torch.tensor([exact_normal(i, seed, 100 + step) for i in range(n)], dtype=torch.float64)
+        theta = sign * torch.exp(-0.5 * log_precision) * epsilon
+        kl = 0.5 * (prior * torch.exp(-log_precision) - 1 + log_precision - math.log(prior)).sum()
+        optimizer.zero_grad()
+        ((grad.double() * theta).sum() + gamma * kl).backward()
+        optimizer.step()
+        fk.precision_update_(
+            excess, grad, method="sgvb", exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, lr=0.05, betas=(0.8, 0.95), eps=1e-6,
+            gamma=gamma, prior_precision=prior, seed=seed, noise_step=100 + step, step=step, sign=sign,
+        )  # fmt: skip
+    # In float32 ε, and with it the gradient of log Λ, is off by up to 4e-6 (see gaussian_perturb). Adam divides by √v,
+    # which is above 1e-2 for these draws: five steps of lr·4e-6/1e-2, times Λ < 2.
+    atol = 1e-12 if dtype == torch.float64 else 5 * 0.05 * 4e-6 / 1e-2 * 2
+    assert exp_avg_sq.min() > 1e-2**2 * (1 - 0.95**5)
+    torch.testing.assert_close(excess.double() + prior, log_precision.detach().exp(), rtol=0, atol=atol)
+
+
+def test_sgvb_keeps_the_precision_positive(backend: str) -> None:
+    """A huge pull towards Λ = 0 leaves an E whose Λ = E + τ⁻² is still positive in float32."""
+    prior = 3.0
+    excess, exp_avg, exp_avg_sq = torch.zeros(64), torch.zeros(64), torch.zeros(64)
+    for step in range(1, 4):
+        fk.precision_update_sgvb_(
+            excess, 1e3 * torch.ones(64), exp_avg, exp_avg_sq, lr=50.0, betas=(0.9, 0.999), eps=1e-8, gamma=1e-3,
+            prior_precision=prior, seed=1, noise_step=7, step=step,
+        )  # fmt: skip
+        assert bool((excess + torch.tensor(prior) > 0).all())
+    assert bool((excess < -0.9 * prior).any())
+
+
+def run_adamw(params: list[torch.Tensor], grads: list[list[torch.Tensor]], **options: float) -> list[torch.Tensor]:
+    params = [param.clone().requires_grad_() for param in params]
+    optimizer = torch.optim.AdamW(params, foreach=False, **options)
+    for step_grads in grads:
+        for param, grad in zip(params, step_grads, strict=True):
+            param.grad = grad.clone()
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparse_adamw_with_everything_selected_is_adamw(
+    backend: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    shapes = [(6, 11), (0,), (130,)]
+    start = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    grads = [[torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes] for _ in range(100)]
+    expected = run_adamw(start, grads, **OPTIONS)
+    params = [param.clone() for param in start]
+    indices = [torch.arange(param.numel(), dtype=torch.int32) for param in params]
+    exp_avg, exp_avg_sq = ([torch.zeros(param.numel(), dtype=dtype) for param in params] for _ in range(2))
+    for step, step_grads in enumerate(grads, start=1):
+        halves = [grad * 2 for grad in step_grads]  # grad_scale undoes it exactly
+        fk.sparse_adamw_(params, halves, indices, exp_avg, exp_avg_sq, step=step, grad_scale=0.5, **OPTIONS)
+    unit = EPS if dtype == torch.float32 else 2.0**-53
+    for param, value in zip(params, expected, strict=True):
+        # Per step: two roundings of the parameter (|θ| < 5), and of an update of at most lr·(1−β₁)/√(1−β₂) = lr, eight.
+        torch.testing.assert_close(param, value, rtol=0, atol=100 * (2 * 5 + 8 * 1e-2) * unit)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_sparse_adamw_moves_the_selected_and_nothing_else(
+    backend: str, index_dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    start = [torch.randn(40, 5, generator=generator), torch.randn(77, generator=generator)]
+    grads = [[torch.randn(param.shape, generator=generator) for param in start] for _ in range(100)]
+    expected = run_adamw(start, grads, **OPTIONS)
+    params = [param.clone() for param in start]
+    indices = [torch.randperm(param.numel(), generator=generator)[:20].sort().values.to(index_dtype) for param in params]
+    exp_avg, exp_avg_sq = [torch.zeros(20), torch.zeros(20)], [torch.zeros(20), torch.zeros(20)]
+    for step, step_grads in enumerate(grads, start=1):
+        fk.sparse_adamw_(params, step_grads, indices, exp_avg, exp_avg_sq, step=step, **OPTIONS)
+    for param, old, value, index in zip(params, start, expected, indices, strict=True):
+        chosen = torch.zeros(param.numel(), dtype=torch.bool)
+        chosen[index.long()] = True
+        assert torch.equal(param.flatten()[~chosen], old.flatten()[~chosen])
+        torch.testing.assert_close(
+            param.flatten()[chosen], value.flatten()[chosen], rtol=0, atol=100 * (2 * 5 + 8 * 1e-2) * EPS
+        )
+
+
+@pytest.mark.parametrize("with_master", [False, True])
+def test_elements_below_the_threshold_wait_with_their_moments_current(
+    backend: str, with_master: bool, generator: torch.Generator
+) -> None:
+    """Until it is active an element behaves as under AdamW with learning rate 0, bias correction included."""
+    start, n_wait = torch.randn(50, generator=generator), 10
+    grads = [torch.randn(50, generator=generator) for _ in range(30)]
+    scores = torch.rand(50, generator=generator)
+    threshold = float(scores.median())
+    expected = start.clone().requires_grad_()
+    early, late = expected.detach()[scores >= threshold], expected.detach()[scores < threshold]
+    groups = [{"params": [early.requires_grad_()]}, {"params": [late.requires_grad_()], "lr": 0.0}]
+    optimizer = torch.optim.AdamW(groups, foreach=False, **OPTIONS)
+
+    param, index = start.clone(), torch.arange(50)
+    exp_avg, exp_avg_sq = torch.zeros(50), torch.zeros(50)
+    master = [start.clone()] if with_master else None
+    for step, grad in enumerate(grads, start=1):
+        if step > n_wait:
+            optimizer.param_groups[1]["lr"] = OPTIONS["lr"]
+        early.grad, late.grad = grad[scores >= threshold], grad[scores < threshold]
+        optimizer.step()
+        fk.sparse_adamw_(
+            param, grad, index, exp_avg, exp_avg_sq, step=step, scores=scores, master=master,
+            active_threshold=threshold if step <= n_wait else -math.inf, **OPTIONS,
+        )  # fmt: skip
+        if step == n_wait:
+            assert torch.equal(param[scores < threshold], start[scores < threshold])
+    atol = 30 * (2 * 5 + 8 * 1e-2) * EPS
+    torch.testing.assert_close(param[scores >= threshold], early.detach(), rtol=0, atol=atol)
+    torch.testing.assert_close(param[scores < threshold], late.detach(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_master_copy_is_the_float32_run_and_the_parameter_its_rounding(
+    backend: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    start = torch.randn(64, generator=generator).to(dtype)
+    grads = [torch.randn(64, generator=generator).to(dtype) for _ in range(20)]
+    index = torch.arange(0, 64, 3)
+    narrow, wide, untouched = start.clone(), start.float(), torch.ones(64, dtype=torch.bool)
+    untouched[index] = False
+    master = start.float()[index]
+    state = [torch.zeros(len(index)) for _ in range(4)]
+    for step, grad in enumerate(grads, start=1):
+        fk.sparse_adamw_(narrow, grad, index, state[0], state[1], step=step, master=master, **OPTIONS)
+        fk.sparse_adamw_(wide, grad, index, state[2], state[3], step=step, **OPTIONS)
+    assert torch.equal(master, wide[index])
+    assert torch.equal(narrow[index], master.to(dtype))
+    assert torch.equal(narrow[untouched], start[untouched])
+
+
+def test_half_parameters_without_master_round_once_a_step(backend: str, generator: torch.Generator) -> None:
+    start, grad = torch.randn(64, generator=generator).bfloat16(), torch.randn(64, generator=generator)
+    (expected,) = run_adamw([start.float()], [[grad]], **OPTIONS)
+    param = start.clone()
+    fk.sparse_adamw_(param, grad, torch.arange(64), torch.zeros(64), torch.zeros(64), step=1, **OPTIONS)
+    assert torch.equal(param, expected.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int16, torch.bool])
+def test_gather_and_scatter(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    tensors = [(10 * torch.randn(shape, generator=generator)).to(dtype) for shape in [(8, 9), (0,), (100,)]]
+    indices = [torch.tensor([0, 5, 71], dtype=torch.int32), torch.empty(0, dtype=torch.int64), torch.arange(0, 100, 7)]
+    values = fk.gather_values(tensors, indices)
+    targets = [torch.zeros_like(tensor) for tensor in tensors]
+    fk.scatter_values_(targets, indices, values)
+    for tensor, index, value, target in zip(tensors, indices, values, targets, strict=True):
+        flat = tensor.flatten().float().numpy()
+        expected = np.zeros_like(flat)
+        expected[index.numpy()] = flat[index.numpy()]
+        assert value.dtype == dtype
+        np.testing.assert_array_equal(value.float().numpy(), flat[index.numpy()])
+        np.testing.assert_array_equal(target.flatten().float().numpy(), expected)
+
+
+def test_gather_and_scatter_move_bits(backend: str) -> None:
+    """NaN payloads and signed zeros survive: the sparse deltas are XORs of bit patterns."""
+    bits = torch.tensor([0x7FC12345, -0x80000000, 1, -0x3EDCBB, 0x7F812345], dtype=torch.int64).to(torch.int32)
+    source, target, index = bits.view(torch.float32), torch.zeros(5), torch.arange(5)
+    fk.scatter_values_(target, index, fk.gather_values(source, index)[0])
+    assert torch.equal(target.view(torch.int32), bits)
