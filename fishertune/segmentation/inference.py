@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torchmetrics.classification import MulticlassConfusionMatrix
 
+from fishertune import _torchvision  # noqa: F401 (must run before torchmetrics, which imports torchvision)
 from fishertune.segmentation.classes import IGNORE_INDEX
 from fishertune.segmentation.datasets.base import Sample, SegmentationDataset
 from fishertune.segmentation.metrics import DomainMetrics
@@ -89,6 +89,8 @@ def evaluate(
         ValueError: an empty data set, labels or predictions that are not its classes, logits that are not finite, or
             no labelled pixel at all.
     """
+    from torchmetrics.classification import MulticlassConfusionMatrix  # a slow import that only evaluation needs
+
     check_windows(window, stride)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")

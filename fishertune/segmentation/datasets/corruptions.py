@@ -89,6 +89,7 @@ class _Corrupted:
         return len(self._dataset)
 
     def __getitem__(self, index: int, /) -> Sample:
+        index = range(len(self))[index]  # -1 and the last index are one sample and get one seed
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         sample = self._dataset[index]
@@ -109,7 +110,7 @@ class _Corrupted:
             corrupted = self._function(
                 np.ascontiguousarray(padded), severity=self._severity, corruption_name=self._name, **own_seed
             )
-        return np.ascontiguousarray(corrupted[:height, :width])
+        return corrupted[:height, :width].copy()  # some functions hand out a read-only view of a picture
 
 
 @contextlib.contextmanager
