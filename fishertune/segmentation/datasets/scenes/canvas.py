@@ -1,7 +1,7 @@
 """A camera over a street and one integer image: every pixel holds the number of the surface it shows.
 
-Shapes are drawn far to near, so depth order needs no buffer. Colour, class, texture and light of a surface sit in tables
-indexed by that number; labels are therefore exact and shading is a handful of array operations.
+Shapes are drawn far to near, so depth order needs no buffer. Colour, class, texture and light of a surface sit in
+tables indexed by that number; labels are therefore exact and shading is a handful of array operations.
 """
 
 from __future__ import annotations
@@ -131,7 +131,12 @@ class Canvas:
         """A parallelogram of shade on the ground, its far side shifted by ``lean`` metres."""
         points = self._ground_points(x0, x1, z0, z1)
         far_shift = lean * self.camera.focal / max(z1, NEAR)
-        shifted = [points[0], points[1], (points[2][0] + far_shift, points[2][1]), (points[3][0] + far_shift, points[3][1])]
+        shifted = [
+            points[0],
+            points[1],
+            (points[2][0] + far_shift, points[2][1]),
+            (points[3][0] + far_shift, points[3][1]),
+        ]
         self._shadow_draw.polygon(shifted, fill=darkness)
 
     def _ground_points(self, x0: float, x1: float, z0: float, z1: float) -> list[Point]:

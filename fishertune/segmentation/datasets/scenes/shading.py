@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from . import canvas as c
 from .canvas import FloatArray
 from .noise import TILE, lookup
-from .street import IGNORE, Street
+from .sketch import IGNORE
+from .street import Street
 
 SUPERSAMPLING = 2  # drawn at twice the size, then averaged: smooth edges for thin poles
 _SKY_DEPTH = 1000.0
@@ -105,7 +106,9 @@ def shade(street: Street, random: np.random.Generator) -> Materials:
     shadow = np.asarray(street.canvas.shadow_image, dtype=np.float32) * np.float32(1 / 255)
     sun = np.where(ground, sun * (1.0 - 0.92 * shadow), sun)
     # skylight is weaker near the ground of upright things and under cars
-    occlusion = np.where(ground, 1.0 - 0.35 * (shadow > 0.88), 0.72 + 0.28 * np.clip(y / 3.0, 0.0, 1.0)).astype(np.float32)
+    occlusion = np.where(ground, 1.0 - 0.35 * (shadow > 0.88), 0.72 + 0.28 * np.clip(y / 3.0, 0.0, 1.0)).astype(
+        np.float32
+    )
 
     snow = table[ids, 8] * np.clip(0.75 + 0.9 * coarse, 0.0, 1.3)
     clouds = np.zeros_like(depth)
@@ -129,7 +132,7 @@ def shade(street: Street, random: np.random.Generator) -> Materials:
     )
 
 
-def _cells(position: FloatArray, period: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _cells(position: FloatArray, period: FloatArray | np.float32) -> tuple[FloatArray, FloatArray]:
     """Splits a position into the number of its cell and the place inside, in [0, 1)."""
     scaled = position / period
     cell = np.floor(scaled)
@@ -200,7 +203,9 @@ def _tiles(table: FloatArray, ids: NDArray[np.int32], texture: NDArray[np.uint8]
         value[where] *= 1.0 - 0.28 * joint * np.clip(9.0 / depth[where], 0.0, 1.0)
 
 
-def _asphalt(table: FloatArray, ids: NDArray[np.int32], texture: NDArray[np.uint8], u: FloatArray, value: FloatArray) -> None:
+def _asphalt(
+    table: FloatArray, ids: NDArray[np.int32], texture: NDArray[np.uint8], u: FloatArray, value: FloatArray
+) -> None:
     """Two tracks in every lane, worn darker by tyres."""
     where = np.nonzero(texture == c.ASPHALT)
     if where[0].size:
@@ -210,7 +215,9 @@ def _asphalt(table: FloatArray, ids: NDArray[np.int32], texture: NDArray[np.uint
         value[where] *= 1.0 - 0.12 * track
 
 
-def _clouds(sky: NDArray[np.bool_], row: FloatArray, column: FloatArray, random: np.random.Generator, clouds: FloatArray) -> None:
+def _clouds(
+    sky: NDArray[np.bool_], row: FloatArray, column: FloatArray, random: np.random.Generator, clouds: FloatArray
+) -> None:
     """Cloud cover in [0, 1], on a flat layer seen in perspective."""
     drift_u, drift_v = random.uniform(0, TILE, 2)
     cover = random.uniform(-0.5, 0.35)
