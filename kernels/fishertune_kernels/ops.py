@@ -1,8 +1,8 @@
 """Every operator of the package: its schema, what it accepts, its shapes under tracing, the hand-over to the backend.
 
 Registered with ``torch.library.Library`` at list level: one call for a whole model, a few microseconds of overhead,
-traceable by ``torch.compile(fullgraph=True)``. Hyper-parameters that change every step are run-time scalars, so a new
-learning rate does not compile anew. None of the operators is differentiable.
+traceable by ``torch.compile(fullgraph=True)``. Hyper-parameters are ``Scalar`` in the schemas, never ``float``: a
+traced ``float`` becomes a constant, and every new learning rate would compile anew. Nothing here is differentiable.
 
 The ``_check_*`` functions look at types, shapes and layouts only, and run for real and for traced tensors; what needs
 values is checked in the ``_run_*`` functions, before anything is written.
@@ -217,7 +217,7 @@ def _run_squared_grad_accumulate_(accumulators: list[Tensor], grads: list[Tensor
 
 
 _register(
-    "squared_grad_accumulate_(Tensor(a!)[] accumulators, Tensor[] grads, float weight=1.0) -> ()",
+    "squared_grad_accumulate_(Tensor(a!)[] accumulators, Tensor[] grads, Scalar weight=1.0) -> ()",
     _run_squared_grad_accumulate_,
     _check_squared_grad_accumulate_,
 )
@@ -276,7 +276,7 @@ def _run_per_sample_squared_grad_(
 
 
 _register(
-    "per_sample_squared_grad_(Tensor(a!) accumulator_OI, Tensor x_NTI, Tensor dy_NTO, float weight=1.0, "
+    "per_sample_squared_grad_(Tensor(a!) accumulator_OI, Tensor x_NTI, Tensor dy_NTO, Scalar weight=1.0, "
     "Tensor(b!)? bias_accumulator_O=None) -> ()",
     _run_per_sample_squared_grad_,
     _check_per_sample_squared_grad_,
@@ -330,8 +330,8 @@ def _run_gaussian_perturb(
 
 
 _register(
-    "gaussian_perturb(Tensor[] params, Tensor[] excess, float prior_precision, SymInt seed, SymInt step, "
-    "SymInt[] offsets, float sign=1.0) -> Tensor[]",
+    "gaussian_perturb(Tensor[] params, Tensor[] excess, Scalar prior_precision, SymInt seed, SymInt step, "
+    "SymInt[] offsets, Scalar sign=1.0) -> Tensor[]",
     _run_gaussian_perturb,
     _fake_gaussian_perturb,
 )
@@ -363,7 +363,7 @@ def _run_precision_update_natural_(
 
 
 _register(
-    "precision_update_natural_(Tensor(a!)[] excess, Tensor[] squared_grads, float beta, float gamma) -> ()",
+    "precision_update_natural_(Tensor(a!)[] excess, Tensor[] squared_grads, Scalar beta, Scalar gamma) -> ()",
     _run_precision_update_natural_,
     _check_precision_update_natural_,
 )
@@ -457,8 +457,8 @@ def _check_adam(lr: float, beta1: float, beta2: float, eps: float, step: int) ->
 
 _register(
     "precision_update_sgvb_(Tensor(a!)[] excess, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-    "float lr, float beta1, float beta2, float eps, float gamma, float prior_precision, SymInt seed, "
-    "SymInt noise_step, SymInt step, SymInt[] offsets, float sign=1.0) -> ()",
+    "Scalar lr, Scalar beta1, Scalar beta2, Scalar eps, Scalar gamma, Scalar prior_precision, SymInt seed, "
+    "SymInt noise_step, SymInt step, SymInt[] offsets, Scalar sign=1.0) -> ()",
     _run_precision_update_sgvb_,
     _check_precision_update_sgvb_,
 )
@@ -520,8 +520,8 @@ def _run_dr_fim_score(
 
 
 _register(
-    "dr_fim_score(Tensor[] fisher, Tensor[] shifted, str kind, float c, float gamma=1.0, float prior_precision=0.0, "
-    "float eps=1e-8) -> Tensor[]",
+    "dr_fim_score(Tensor[] fisher, Tensor[] shifted, str kind, Scalar c, Scalar gamma=1.0, Scalar prior_precision=0.0, "
+    "Scalar eps=1e-8) -> Tensor[]",
     _run_dr_fim_score,
     _fake_dr_fim_score,
 )
@@ -568,8 +568,8 @@ def _run_dr_fim_score_(
 
 
 _register(
-    "dr_fim_score_(Tensor(a!)[] scores, Tensor[] fisher, Tensor[] shifted, SymInt count, str kind, float c, "
-    "float gamma=1.0, float prior_precision=0.0, float eps=1e-8) -> ()",
+    "dr_fim_score_(Tensor(a!)[] scores, Tensor[] fisher, Tensor[] shifted, SymInt count, str kind, Scalar c, "
+    "Scalar gamma=1.0, Scalar prior_precision=0.0, Scalar eps=1e-8) -> ()",
     _run_dr_fim_score_,
     _check_dr_fim_score_,
 )
@@ -679,7 +679,7 @@ def _fake_compact(scores: list[Tensor], value: float, n_greater: int, ties_kept:
 
 
 _register(
-    "compact(Tensor[] scores, float value, SymInt n_greater, SymInt[] ties_kept) -> Tensor[]",
+    "compact(Tensor[] scores, Scalar value, SymInt n_greater, SymInt[] ties_kept) -> Tensor[]",
     _run_compact,
     _fake_compact,
 )
@@ -779,8 +779,8 @@ def _run_sparse_adamw_(
 # Empty lists stand for absent scores and master copies.
 _register(
     "sparse_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avg, "
-    "Tensor(c!)[] exp_avg_sq, Tensor[] scores, Tensor(d!)[] master, float lr, float beta1, float beta2, float eps, "
-    "float weight_decay, SymInt step, float? active_threshold, float grad_scale) -> ()",
+    "Tensor(c!)[] exp_avg_sq, Tensor[] scores, Tensor(d!)[] master, Scalar lr, Scalar beta1, Scalar beta2, Scalar eps, "
+    "Scalar weight_decay, SymInt step, Scalar? active_threshold, Scalar grad_scale) -> ()",
     _run_sparse_adamw_,
     _check_sparse_adamw_,
 )

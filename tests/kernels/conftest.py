@@ -1,4 +1,4 @@
-"""What the kernel tests share: every check runs once per CPU backend, over memory that holds NaN until it is written."""
+"""What the kernel tests share: each check runs once per CPU backend, over memory that holds NaN until it is written."""
 
 from collections.abc import Iterator
 

@@ -6,12 +6,14 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-import fishertune_kernels as fk
 import pytest
 import torch
-from fishertune_kernels import ops
 from torch._dynamo.testing import CompileCounter
+
+import fishertune_kernels as fk
+from fishertune_kernels import ops
 
 ADAMW = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05}
 
@@ -28,12 +30,30 @@ def sample_arguments(operator: str) -> tuple:
     return {
         "squared_grad_accumulate_": (state, half, 0.5),
         "per_sample_squared_grad_": (
-            torch.zeros(4, 3), torch.randn(2, 5, 3, generator=g), torch.randn(2, 5, 4, generator=g), 1.0, torch.zeros(4),
+            torch.zeros(4, 3),
+            torch.randn(2, 5, 3, generator=g),
+            torch.randn(2, 5, 4, generator=g),
+            1.0,
+            torch.zeros(4),
         ),
         "gaussian_perturb": (half, state, 0.5, 7, 2, [0, 12], 1.0),
         "precision_update_natural_": (state, more, 0.1, 0.5),
         "precision_update_sgvb_": (
-            state, half, moments, copy.deepcopy(moments), 0.1, 0.9, 0.99, 1e-8, 0.5, 1.0, 7, 2, 1, [0, 12], 1.0,
+            state,
+            half,
+            moments,
+            copy.deepcopy(moments),
+            0.1,
+            0.9,
+            0.99,
+            1e-8,
+            0.5,
+            1.0,
+            7,
+            2,
+            1,
+            [0, 12],
+            1.0,
         ),
         "dr_fim_score": (state, more, "dr_fim", 0.5),
         "dr_fim_score_": (moments, state, more, 2, "dr_fim_variational", 0.5, 0.1, 2.0, 1e-8),
@@ -41,11 +61,25 @@ def sample_arguments(operator: str) -> tuple:
         "select_threshold": (half, 5),
         "compact": (half, -math.inf, 19, [0, 0]),
         "sparse_adamw_": (
-            half, more, indices, compact[0], compact[1], compact[2], compact[3], 0.1, 0.9, 0.99, 1e-8, 0.05, 1, 0.5, 1.0,
+            half,
+            more,
+            indices,
+            compact[0],
+            compact[1],
+            compact[2],
+            compact[3],
+            0.1,
+            0.9,
+            0.99,
+            1e-8,
+            0.05,
+            1,
+            0.5,
+            1.0,
         ),
         "gather_values": (half, indices),
         "scatter_values_": (state, indices, compact[0]),
-    }[operator]  # fmt: skip
+    }[operator]
 
 
 # precision_update_ only chooses between two of the others
@@ -95,7 +129,7 @@ def test_results_carry_no_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize("trace", ["eager", "aot_eager"])
 def test_fullgraph_compile_gives_the_same_bits(backend: str, trace: str) -> None:
-    def step(params, grads, indices, exp_avg, exp_avg_sq, accumulators):  # noqa: ANN001, ANN202
+    def step(params, grads, indices, exp_avg, exp_avg_sq, accumulators):
         fk.squared_grad_accumulate_(accumulators, grads, 0.5)
         fk.sparse_adamw_(params, [grad * 2 for grad in grads], indices, exp_avg, exp_avg_sq, step=1, **ADAMW)
         draws = fk.gaussian_perturb(params, accumulators, prior_precision=1.0, seed=1, step=2)
@@ -118,7 +152,7 @@ def test_changing_hyper_parameters_do_not_recompile(backend: str) -> None:
     counter = CompileCounter()
 
     @torch.compile(fullgraph=True, backend=counter)
-    def step(param, grad, index, exp_avg, exp_avg_sq, scores, lr, number, threshold):  # noqa: ANN001, ANN202
+    def step(param, grad, index, exp_avg, exp_avg_sq, scores, lr, number, threshold):
         options = {**ADAMW, "lr": lr}
         fk.sparse_adamw_(
             param, grad, index, exp_avg, exp_avg_sq, step=number, scores=scores, active_threshold=threshold, **options
@@ -158,7 +192,8 @@ def test_read_only_inputs_may_have_any_strides(backend: str) -> None:
     fk.per_sample_squared_grad_(accumulator, x, dy)
     fk.per_sample_squared_grad_(expected, x.contiguous(), dy.contiguous())
     assert torch.equal(accumulator, expected)
-    assert torch.equal(fk.gather_values(torch.arange(12.0).view(3, 4).T, torch.tensor([1, 2]))[0], torch.tensor([4.0, 8.0]))
+    (values,) = fk.gather_values(torch.arange(12.0).view(3, 4).T, torch.tensor([1, 2]))
+    assert values.tolist() == [4.0, 8.0]
 
 
 def adamw(**changes: object) -> Callable[[], None]:
@@ -190,30 +225,51 @@ def per_sample(**changes: object) -> Callable[[], None]:
 
 REFUSALS = {
     "generator": (lambda: fk.squared_grad_accumulate_(iter([]), []), TypeError, r"list_iterator.*list\(g\)"),
-    "no gradient": (lambda: fk.squared_grad_accumulate_([torch.ones(1)], [None]), TypeError, r"grads\[0\] is a NoneType"),
+    "no gradient": (
+        lambda: fk.squared_grad_accumulate_([torch.ones(1)], [None]),
+        TypeError,
+        r"grads\[0\] is a NoneType",
+    ),
     "list lengths": (
-        lambda: fk.squared_grad_accumulate_([torch.ones(1)], []), ValueError, r"grads has 0 entries but accumulators has 1",
+        lambda: fk.squared_grad_accumulate_([torch.ones(1)], []),
+        ValueError,
+        r"grads has 0 entries but accumulators has 1",
     ),
     "shapes": (
-        lambda: fk.squared_grad_accumulate_(torch.ones(2, 3), torch.ones(3, 2)), ValueError,
+        lambda: fk.squared_grad_accumulate_(torch.ones(2, 3), torch.ones(3, 2)),
+        ValueError,
         r"grads\[0\] has shape \(3, 2\) but accumulators\[0\] has \(2, 3\)",
     ),
     "half accumulator": (
-        lambda: fk.squared_grad_accumulate_(torch.ones(2).half(), torch.ones(2)), TypeError,
+        lambda: fk.squared_grad_accumulate_(torch.ones(2).half(), torch.ones(2)),
+        TypeError,
         r"accumulators\[0\] is torch.float16; expected one of float32, float64",
     ),
-    "integer gradient": (lambda: fk.squared_grad_accumulate_(torch.ones(2), torch.arange(2)), TypeError, r"grads\[0\] is torch.int64"),
+    "integer gradient": (
+        lambda: fk.squared_grad_accumulate_(torch.ones(2), torch.arange(2)),
+        TypeError,
+        r"grads\[0\] is torch.int64",
+    ),
     "sparse gradient": (
-        lambda: fk.squared_grad_accumulate_(torch.ones(2), torch.ones(2).to_sparse()), TypeError, r"torch.sparse_coo.*to_dense",
+        lambda: fk.squared_grad_accumulate_(torch.ones(2), torch.ones(2).to_sparse()),
+        TypeError,
+        r"torch.sparse_coo.*to_dense",
     ),
     "device": (
-        lambda: fk.squared_grad_accumulate_(torch.ones(2), torch.ones(2, device="meta")), ValueError, r"on meta, others are on cpu",
+        lambda: fk.squared_grad_accumulate_(torch.ones(2), torch.ones(2, device="meta")),
+        ValueError,
+        r"on meta, others are on cpu",
     ),
     "strided accumulator": (
-        lambda: fk.squared_grad_accumulate_(torch.ones(3, 2).T, torch.ones(2, 3)), ValueError,
+        lambda: fk.squared_grad_accumulate_(torch.ones(3, 2).T, torch.ones(2, 3)),
+        ValueError,
         r"accumulators\[0\] \(shape \(2, 3\), strides \(1, 2\)\) is not contiguous.*t.contiguous\(\)",
     ),
-    "weight": (lambda: fk.squared_grad_accumulate_(torch.ones(2), torch.ones(2), math.nan), ValueError, r"weight=nan is not finite"),
+    "weight": (
+        lambda: fk.squared_grad_accumulate_(torch.ones(2), torch.ones(2), math.nan),
+        ValueError,
+        r"weight=nan is not finite",
+    ),
     "no token axis": (per_sample(x_NTI=torch.ones(2, 3)), ValueError, r"x_NTI has shape \(2, 3\).*unsqueeze\(1\)"),
     "other tokens": (per_sample(x_NTI=torch.ones(2, 6, 3)), ValueError, r"samples and tokens must agree"),
     "other layer": (per_sample(accumulator_OI=torch.zeros(3, 4)), ValueError, r"expected \(4, 3\)"),
@@ -224,17 +280,31 @@ REFUSALS = {
     "offsets": (perturb(offsets=[0, 2]), ValueError, r"offsets has 2 entries but params has 1"),
     "negative offset": (perturb(offsets=[-4]), ValueError, r"offsets\[0\]=-4 is negative"),
     "beta": (
-        lambda: fk.precision_update_(torch.ones(1), torch.ones(1), method="natural", beta=1.5, gamma=1.0), ValueError, r"beta=1.5",
+        lambda: fk.precision_update_(torch.ones(1), torch.ones(1), method="natural", beta=1.5, gamma=1.0),
+        ValueError,
+        r"beta=1.5",
     ),
     "gamma": (
-        lambda: fk.precision_update_(torch.ones(1), torch.ones(1), method="natural", beta=0.5, gamma=0.0), ValueError, r"gamma=0.0.*above 0",
+        lambda: fk.precision_update_(torch.ones(1), torch.ones(1), method="natural", beta=0.5, gamma=0.0),
+        ValueError,
+        r"gamma=0.0.*above 0",
     ),
-    "method": (lambda: fk.precision_update_(torch.ones(1), torch.ones(1), method="adam"), ValueError, r"'adam'.*'natural' or 'sgvb'"),
-    "kind": (score(kind="fisher"), ValueError, r"kind='fisher' is not a score. Use one of f, delta_f, dr_fim, dr_fim_variational"),
+    "method": (
+        lambda: fk.precision_update_(torch.ones(1), torch.ones(1), method="adam"),
+        ValueError,
+        r"'adam'.*'natural' or 'sgvb'",
+    ),
+    "kind": (
+        score(kind="fisher"),
+        ValueError,
+        r"kind='fisher' is not a score. Use one of f, delta_f, dr_fim, dr_fim_variational",
+    ),
     "nothing to compare": (score(kind="dr_fim", shifted=None), ValueError, r"shifted is None"),
     "c": (score(c=math.nan), ValueError, r"c=nan"),
     "count": (
-        lambda: fk.dr_fim_score_(torch.ones(1), torch.ones(1), None, count=0, kind="f", c=1.0), ValueError, r"count=0.*pass 1",
+        lambda: fk.dr_fim_score_(torch.ones(1), torch.ones(1), None, count=0, kind="f", c=1.0),
+        ValueError,
+        r"count=0.*pass 1",
     ),
     "learning rate": (adamw(lr=-1.0), ValueError, r"lr=-1.0 is out of range"),
     "infinite learning rate": (adamw(lr=math.inf), ValueError, r"lr=inf"),
@@ -243,22 +313,46 @@ REFUSALS = {
     "gradient scale": (adamw(grad_scale=math.inf), ValueError, r"grad_scale=inf is not finite"),
     "threshold without scores": (adamw(active_threshold=0.5), ValueError, r"active_threshold=0.5 needs the scores"),
     "NaN threshold": (adamw(active_threshold=math.nan, scores=[torch.ones(2)]), ValueError, r"active_threshold is NaN"),
-    "index type": (adamw(indices=[torch.ones(2)]), TypeError, r"indices\[0\] is torch.float32; expected one of int32, int64"),
-    "index shape": (adamw(indices=[torch.zeros(2, 1).long()]), ValueError, r"indices\[0\] has shape \(2, 1\).*one dimension"),
-    "index range": (adamw(indices=[torch.tensor([2, 6])]), ValueError, r"runs from 2 to 6, but params\[0\] has 6 elements"),
+    "index type": (
+        adamw(indices=[torch.ones(2)]),
+        TypeError,
+        r"indices\[0\] is torch.float32; expected one of int32, int64",
+    ),
+    "index shape": (
+        adamw(indices=[torch.zeros(2, 1).long()]),
+        ValueError,
+        r"indices\[0\] has shape \(2, 1\).*one dimension",
+    ),
+    "index range": (
+        adamw(indices=[torch.tensor([2, 6])]),
+        ValueError,
+        r"runs from 2 to 6, but params\[0\] has 6 elements",
+    ),
     "negative index": (adamw(indices=[torch.tensor([-1, 2])]), ValueError, r"runs from -1 to 2"),
     "falling index": (
-        adamw(indices=[torch.tensor([1, 4, 3, 5])], exp_avg=[torch.zeros(4)], exp_avg_sq=[torch.zeros(4)]), ValueError, r"not rising",
+        adamw(indices=[torch.tensor([1, 4, 3, 5])], exp_avg=[torch.zeros(4)], exp_avg_sq=[torch.zeros(4)]),
+        ValueError,
+        r"not rising",
     ),
     "repeated index": (adamw(indices=[torch.tensor([3, 3])]), ValueError, r"repeats an entry.*torch.unique"),
-    "state length": (adamw(exp_avg=[torch.zeros(3)]), ValueError, r"exp_avg\[0\] has shape \(3,\) but indices\[0\] has \(2,\)"),
-    "state type": (adamw(exp_avg=[torch.zeros(2).half()]), TypeError, r"exp_avg\[0\] is torch.float16; expected one of float32"),
+    "state length": (
+        adamw(exp_avg=[torch.zeros(3)]),
+        ValueError,
+        r"exp_avg\[0\] has shape \(3,\) but indices\[0\] has \(2,\)",
+    ),
+    "state type": (
+        adamw(exp_avg=[torch.zeros(2).half()]),
+        TypeError,
+        r"exp_avg\[0\] is torch.float16; expected one of float32",
+    ),
     "scatter type": (
-        lambda: fk.scatter_values_(torch.zeros(3), torch.arange(1), torch.ones(1).double()), TypeError, r"values.*torch.float64.*float32",
+        lambda: fk.scatter_values_(torch.zeros(3), torch.arange(1), torch.ones(1).double()),
+        TypeError,
+        r"values.*torch.float64.*float32",
     ),
     "histogram bits": (lambda: fk.key_histogram(torch.ones(1), shift=24, bits=11), ValueError, r"shift=24, bits=11"),
     "histogram of nothing": (lambda: fk.key_histogram([], shift=0, bits=8), ValueError, r"empty list"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -272,9 +366,7 @@ def test_nothing_is_written_when_a_later_tensor_is_refused(backend: str) -> None
     params = [torch.zeros(4), torch.zeros(4)]
     state = [torch.zeros(1), torch.zeros(1)], [torch.zeros(1), torch.zeros(1)]
     with pytest.raises(ValueError, match=r"params\[1\] has 4 elements"):
-        fk.sparse_adamw_(
-            params, [torch.ones(4)] * 2, [torch.tensor([0]), torch.tensor([9])], *state, step=1, **ADAMW
-        )
+        fk.sparse_adamw_(params, [torch.ones(4)] * 2, [torch.tensor([0]), torch.tensor([9])], *state, step=1, **ADAMW)
     assert all(not tensor.any() for tensor in [*params, *state[0], *state[1]])
 
 
@@ -308,3 +400,11 @@ def test_import_is_lean() -> None:
         "assert 'fishertune' not in sys.modules and 'numpy' not in str(fk.__file__)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_readme_example_runs() -> None:
+    readme = Path(fk.__file__).with_name("README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert sum(len(index) for index in names["indices"]) == 36_864

@@ -1,11 +1,12 @@
-"""Every operator against an oracle that is not ours: torch.optim, autograd, numpy, the generator's published vectors."""
+"""Every operator against an oracle that is not ours: torch.optim, autograd, numpy, Random123's published vectors."""
 
 import math
 
-import fishertune_kernels as fk
 import numpy as np
 import pytest
 import torch
+
+import fishertune_kernels as fk
 from fishertune_kernels.philox import philox4x32, standard_normal
 
 EPS = 2.0**-24  # half a unit in the last place of float32, relative
@@ -23,9 +24,7 @@ def exact_philox(counter: list[int], key: list[int]) -> list[int]:
 
 def exact_normal(index: int, seed: int, step: int) -> float:
     block, lane = divmod(index, 4)
-    words = exact_philox(
-        [block % 2**32, block // 2**32, step % 2**32, step // 2**32], [seed % 2**32, seed // 2**32]
-    )
+    words = exact_philox([block % 2**32, block // 2**32, step % 2**32, step // 2**32], [seed % 2**32, seed // 2**32])
     u = [((word >> 8) + 0.5) / 2**24 for word in words]
     radius, angle = math.sqrt(-2 * math.log(u[lane & 2])), 2 * math.pi * u[(lane & 2) + 1]
     return radius * (math.sin(angle) if lane & 1 else math.cos(angle))
@@ -149,7 +148,8 @@ def test_per_sample_squared_grad_of_nothing(backend: str) -> None:
     assert torch.equal(accumulator, torch.ones(3, 2))
 
 
-def literal_score(f: np.ndarray, s: np.ndarray, kind: str, c: float, gamma: float, prior: float, eps: float) -> np.ndarray:
+def literal_score(f: np.ndarray, s: np.ndarray, kind: str, c: float) -> np.ndarray:
+    gamma, prior, eps = 0.5, 2.0, 1e-8
     delta = np.abs(f - s) / (np.minimum(f, s) + eps)
     if kind == "dr_fim_variational":
         precision, shifted = f + prior, s + prior  # Eq. 15 as printed, with Λ
@@ -173,9 +173,7 @@ def test_scores_are_the_papers_formulas(
     fk.dr_fim_score_(running, fisher, shifted, count=2, kind=kind, c=0.1, **arguments)
     for f, s, score, mean in zip(fisher, shifted, result, running, strict=True):
         assert score.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        expected, second = (
-            literal_score(f.double().numpy(), s.double().numpy(), kind, c, 0.5, 2.0, 1e-8) for c in (0.7, 0.1)
-        )
+        expected, second = (literal_score(f.double().numpy(), s.double().numpy(), kind, c) for c in (0.7, 0.1))
         # |f − s| is exact to EPS, and so is every following operation; ten of them at most
         np.testing.assert_allclose(score.double().numpy(), expected, rtol=10 * EPS)
         np.testing.assert_allclose(mean.double().numpy(), (expected + second) / 2, rtol=20 * EPS)
@@ -273,7 +271,8 @@ def test_sparse_adamw_moves_the_selected_and_nothing_else(
     grads = [[torch.randn(param.shape, generator=generator) for param in start] for _ in range(100)]
     expected = run_adamw(start, grads, **OPTIONS)
     params = [param.clone() for param in start]
-    indices = [torch.randperm(param.numel(), generator=generator)[:20].sort().values.to(index_dtype) for param in params]
+    drawn = [torch.randperm(param.numel(), generator=generator)[:20] for param in params]
+    indices = [index.sort().values.to(index_dtype) for index in drawn]
     exp_avg, exp_avg_sq = [torch.zeros(20), torch.zeros(20)], [torch.zeros(20), torch.zeros(20)]
     for step, step_grads in enumerate(grads, start=1):
         fk.sparse_adamw_(params, step_grads, indices, exp_avg, exp_avg_sq, step=step, **OPTIONS)
