@@ -315,7 +315,7 @@ def test_overlapping_deltas_of_one_base_are_refused_with_their_number():
 @pytest.mark.parametrize("swap", [False, True])
 def test_a_delta_on_top_of_another_composes(swap, tmp_path):
     base = base_weights()
-    one, two = selection_of(base, seed=1), selection_of(base, seed=2)
+    one, two = selection_of(base, k=30, seed=1), selection_of(base, k=30, seed=2)
     middle = tuned_from(base, one)
     final = tuned_from(middle, two, 0.5)
     back = (one.mask("stem.weight") & two.mask("stem.weight")).nonzero()[0]  # returns to its base value
