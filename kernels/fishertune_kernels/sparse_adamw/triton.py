@@ -1,0 +1,141 @@
+"""AdamW on selected elements on GPUs: state is streamed, parameters and gradients are touched where selected only."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_common import TL_DTYPES, by_dtype, chunk_offsets, launch, list_table, locate, pointer, rounded
+
+CONFIG = {"BLOCK": 1024, "num_warps": 4}
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def sparse_adamw_kernel(
+    pointers,
+    layout,
+    owners,
+    n_tensors,
+    step_size,
+    keep,
+    mean_gain,
+    square_keep,
+    square_gain,
+    correction2_sqrt,
+    eps,
+    grad_scale,
+    active_threshold,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    INDEX: tl.constexpr,
+    GATED: tl.constexpr,
+    MASTER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """GATED: scores in row 4 decide who moves. MASTER: row 5 holds the parameters in float32."""
+    owner, size, chunk = locate(layout, owners, n_tensors, tl.program_id(0).to(tl.int64))
+    param = pointer(pointers, n_tensors, owner, 0, PARAM, False)
+    grad = pointer(pointers, n_tensors, owner, 1, GRAD, False)
+    exp_avg = pointer(pointers, n_tensors, owner, 2, tl.float32, ALIGNED)
+    exp_avg_sq = pointer(pointers, n_tensors, owner, 3, tl.float32, ALIGNED)
+    scores = pointer(pointers, n_tensors, owner, 4, tl.float32, ALIGNED)
+    master = pointer(pointers, n_tensors, owner, 5, tl.float32, ALIGNED)
+    indices = pointer(pointers, n_tensors, owner, 6, INDEX, ALIGNED)
+    start = chunk * BLOCK
+    if start + BLOCK <= size:
+        _step(
+            param, grad, exp_avg, exp_avg_sq, indices, scores, master, start, size, step_size, keep, mean_gain,
+            square_keep, square_gain, correction2_sqrt, eps, grad_scale, active_threshold,
+            PARAM, GATED, MASTER, False, BLOCK,
+        )  # fmt: skip
+    else:
+        _step(
+            param, grad, exp_avg, exp_avg_sq, indices, scores, master, start, size, step_size, keep, mean_gain,
+            square_keep, square_gain, correction2_sqrt, eps, grad_scale, active_threshold,
+            PARAM, GATED, MASTER, True, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _step(
+    param, grad, exp_avg, exp_avg_sq, indices, scores, master, start, size, step_size, keep, mean_gain, square_keep,
+    square_gain, correction2_sqrt, eps, grad_scale, active_threshold,
+    PARAM: tl.constexpr, GATED: tl.constexpr, MASTER: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offsets = chunk_offsets(start, BLOCK)
+    mask = offsets < size if MASKED else None
+    index = tl.load(indices + offsets, mask=mask, other=0 if MASKED else None).to(tl.int64)
+    g = tl.load(grad + index, mask=mask).to(tl.float32) * tl.cast(grad_scale, tl.float32)
+    mean = tl.load(exp_avg + offsets, mask=mask)
+    square = tl.load(exp_avg_sq + offsets, mask=mask)
+    mean += tl.cast(mean_gain, tl.float32) * (g - mean)
+    square = tl.cast(square_keep, tl.float32) * square + tl.cast(square_gain, tl.float32) * (g * g)
+    tl.store(exp_avg + offsets, mean, mask=mask)
+    tl.store(exp_avg_sq + offsets, square, mask=mask)
+
+    moves = mask
+    if GATED:
+        moves = tl.load(scores + offsets, mask=mask) >= tl.cast(active_threshold, tl.float32)
+        if MASKED:
+            moves = moves & mask
+    if MASTER:  # noqa: SIM108
+        theta = tl.load(master + offsets, mask=moves)
+    else:
+        theta = tl.load(param + index, mask=moves).to(tl.float32)
+    denominator = tl.div_rn(tl.sqrt_rn(square), tl.cast(correction2_sqrt, tl.float32)) + tl.cast(eps, tl.float32)
+    theta = tl.cast(keep, tl.float32) * theta - tl.cast(step_size, tl.float32) * tl.div_rn(mean, denominator)
+    if MASTER:
+        tl.store(master + offsets, theta, mask=moves)
+    tl.store(param + index, rounded(theta, PARAM), mask=moves)
+
+
+def sparse_adamw_(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    indices: list[torch.Tensor],
+    exp_avg: list[torch.Tensor],
+    exp_avg_sq: list[torch.Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    scores: list[torch.Tensor] | None = None,
+    active_threshold: float | None = None,
+    grad_scale: float = 1.0,
+    master: list[torch.Tensor] | None = None,
+) -> None:
+    beta1, beta2 = betas
+    gated = scores is not None and active_threshold is not None
+    # Rows that a launch does not read hold the moments, which are float32 of the same length.
+    rows = (params, grads, exp_avg, exp_avg_sq, scores if gated else exp_avg, master or exp_avg, indices)
+    for group in by_dtype(*rows):
+        params_, grads_, *_, indices_ = group
+        table = list_table(CONFIG["BLOCK"], *group)
+        launch(
+            sparse_adamw_kernel,
+            table.n_chunks,
+            params_[0].device,
+            *table.arguments,
+            lr / (1 - beta1**step),
+            1.0 - lr * weight_decay,
+            # 1 − β is taken in double: in float32, 1 − 0.999 is off by 5e-5 of itself.
+            1.0 - beta1,
+            float(beta2),
+            1.0 - beta2,
+            math.sqrt(1 - beta2**step),
+            float(eps),
+            float(grad_scale),
+            float(active_threshold) if gated else 0.0,
+            PARAM=TL_DTYPES[params_[0].dtype],
+            GRAD=TL_DTYPES[grads_[0].dtype],
+            INDEX=TL_DTYPES[indices_[0].dtype],
+            GATED=gated,
+            MASTER=master is not None,
+            ALIGNED=table.aligned,
+            **CONFIG,
+        )
