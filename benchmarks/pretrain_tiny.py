@@ -44,6 +44,8 @@ STREETS, HELD_OUT, PROBE_TRAIN, PROBE_TEST = 700_000, 710_000, 720_000, 730_000
 class MaskedAutoencoder(nn.Module):
     """The backbone sees the visible patches; a narrow decoder predicts the pixels of the hidden ones."""
 
+    positions: torch.Tensor
+
     def __init__(self, backbone: Any, width: int = 96, depth: int = 1, heads: int = 3) -> None:
         super().__init__()
         from timm.models.vision_transformer import Block

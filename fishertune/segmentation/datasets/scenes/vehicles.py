@@ -43,11 +43,12 @@ def _frustum(
 
 def _inset(sketch: Sketch, face: list[c.Point], u0: float, u1: float, v0: float, v1: float, surface: int) -> None:
     """A panel inside a face, in the face's own coordinates (0 to 1)."""
-    corners = np.asarray(face)
+    (ax, ay), (bx, by), (cx, cy), (dx, dy) = face
 
     def at(u: float, v: float) -> c.Point:
-        point = (1 - v) * ((1 - u) * corners[0] + u * corners[1]) + v * ((1 - u) * corners[3] + u * corners[2])
-        return float(point[0]), float(point[1])
+        x = (1 - v) * ((1 - u) * ax + u * bx) + v * ((1 - u) * dx + u * cx)
+        y = (1 - v) * ((1 - u) * ay + u * by) + v * ((1 - u) * dy + u * cy)
+        return x, y
 
     sketch.canvas.polygon([at(u0, v0), at(u1, v0), at(u1, v1), at(u0, v1)], surface)
 
