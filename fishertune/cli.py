@@ -104,7 +104,7 @@ def _apply(options: argparse.Namespace, reporter: Reporter) -> None:
         delta.apply_(weights)
     save_tensors(options.out, weights, metadata)
     action = "taken off" if options.undo else "applied to"
-    reporter.line(f"{delta.numel():,} values {action} {options.to}: {options.out}")
+    reporter.line(f"{len(delta):,} values {action} {options.to}: {options.out}")
 
 
 def _report(options: argparse.Namespace, reporter: Reporter) -> None:
