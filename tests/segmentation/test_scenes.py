@@ -166,7 +166,7 @@ def test_snow_whitens_the_ground_and_rain_darkens_it():
     assert ground["rain"] < ground["clear"] - 20
 
 
-def test_looks_vary_in_palette_far_more_than_any_domain():
+def test_looks_vary_more_in_palette_than_any_domain():
     def spread(domain: str) -> float:
         """Standard deviation, over streets, of the share of each colour channel in the road's light."""
         shares = []
@@ -175,7 +175,7 @@ def test_looks_vary_in_palette_far_more_than_any_domain():
             shares.append((road / road.sum()).numpy())
         return float(np.std(shares, axis=0).mean())
 
-    assert spread(LOOKS) > 2 * max(spread(domain) for domain in DOMAINS)
+    assert spread(LOOKS) > 1.5 * max(spread(domain) for domain in DOMAINS)
 
 
 def test_an_unknown_domain_lists_the_known_ones():
