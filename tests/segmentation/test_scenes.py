@@ -7,6 +7,7 @@ import torch
 from fishertune.segmentation.classes import CITYSCAPES_CLASSES, IGNORE_INDEX
 from fishertune.segmentation.datasets import SceneDataset, SegmentationDataset
 from fishertune.segmentation.datasets.scenes import DOMAINS, LOOKS
+from fishertune.segmentation.datasets.scenes import street as street_module
 from fishertune.segmentation.datasets.scenes.canvas import FAR, FRONT, GROUND, SIDE, Camera, Canvas
 from fishertune.segmentation.datasets.scenes.shading import SUPERSAMPLING, shade
 from fishertune.segmentation.datasets.scenes.street import Street, draw_street
@@ -109,6 +110,19 @@ def test_depth_order_near_hides_far():
     assert ids[28, 35] == far
     # 2 m wide at 10 m, focal length 100 pixels: 20 pixels, and PIL draws both edges of a polygon
     assert abs(int((ids[28] == near).sum()) - 20) <= 1
+
+
+def test_things_in_the_street_are_drawn_far_to_near(monkeypatch):
+    depths = []
+    place = street_module._StreetSketch._place
+    monkeypatch.setattr(
+        street_module._StreetSketch,
+        "_place",
+        lambda self, what, x, z, sign: (depths.append(z), place(self, what, x, z, sign)),
+    )
+    draw_street(128, 192, np.random.default_rng(3))
+    assert len(depths) > 10
+    assert depths == sorted(depths, reverse=True)
 
 
 def test_the_camera_sees_a_point_where_similar_triangles_put_it():
