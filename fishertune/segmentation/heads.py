@@ -2,7 +2,8 @@
 
 A head is a module that maps a list of feature maps, each (N, D_i, h, w), to logits (N, classes, h', w'); the model
 resizes them to the input. Samples never mix: there is no batch statistic, so that per-sample gradients exist and
-evaluation does not depend on what else is in the batch.
+evaluation does not depend on what else is in the batch. A BatchNorm, the usual choice for linear probes, was worth 0.9
+mIoU points on held-out CamVid frames of the source after 250 steps (44.7 against 43.8), one seed.
 """
 
 from __future__ import annotations
