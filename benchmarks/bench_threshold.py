@@ -2,7 +2,7 @@
 
     python -m pytest benchmarks/bench_threshold.py
 
-Rivals run in the same process on the same scores and are checked against one another before anything is timed. Required,
+Rivals run in the same process on the same scores and are checked against one another before timing. Required,
 as ratios of medians: the threshold ≥ 10 × faster than torch.kthvalue, no slower than numpy.partition and without their
 copy of the scores; compaction ≥ 10 × faster than torch.nonzero. Ours uses every thread, numpy and kthvalue one: on a
 busy machine the ratios mean little. FISHERTUNE_BENCH_ELEMENTS sets another number of scores.

@@ -119,6 +119,14 @@ def test_a_failing_build_still_installs_and_says_why(source, tmp_path):
     assert "reinstall" in answer
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not BUILDS, reason="cmake or a C++ compiler is missing")
+def test_editable_install_builds_into_the_source_tree(source):
+    program = "import setuptools.build_meta as backend, sys; backend.build_editable(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, source.parent], cwd=source, check=True, capture_output=True)
+    assert (source / "kernels" / "fishertune_kernels" / "lib" / "libfishertune.so").is_file()
+
+
 def test_no_package_named_kernels():
     """PyPI's `kernels` is imported by transformers; a package of ours by that name would shadow it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
