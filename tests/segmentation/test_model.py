@@ -185,6 +185,16 @@ def test_position_table_and_patches_are_resampled(tmp_path):
     assert torch.equal(loaded.blocks[3].attn.qkv.weight, source.blocks[3].attn.qkv.weight)
 
 
+def test_resampling_works_on_widened_values(tmp_path):
+    state = {name: value.half() for name, value in create_backbone(TINY, image_size=(64, 64)).state_dict().items()}
+    save_file(state, tmp_path / "half.safetensors")
+    save_file({name: value.float() for name, value in state.items()}, tmp_path / "single.safetensors")
+    half, single = (
+        create_backbone(TINY, image_size=(48, 80), weights=tmp_path / f"{name}.safetensors") for name in ("half", "single")
+    )
+    assert torch.equal(half.pos_embed, single.pos_embed)
+
+
 def test_a_file_of_another_architecture_is_one_clear_error(tmp_path):
     save_file(create_backbone(TINY, image_size=(32, 32)).state_dict(), tmp_path / "tiny.safetensors")
     with pytest.raises(ValueError, match="does not hold weights of vit_small_patch16_224") as wide:
