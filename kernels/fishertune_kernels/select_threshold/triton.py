@@ -72,7 +72,7 @@ def key_histogram_kernel(
     if IN_REGISTERS:
         tl.atomic_add(counts + bins, found, mask=found > 0, sem="relaxed")
     n_nan = tl.sum(nans.to(tl.int64), axis=0)
-    tl.atomic_add(counts + BINS, n_nan, mask=n_nan > 0, sem="relaxed")
+    tl.atomic_add(counts + tl.full((), BINS, tl.int64), n_nan, mask=n_nan > 0, sem="relaxed")
 
 
 def key_histogram(scores: list[torch.Tensor], shift: int, bits: int, prefix_mask: int, prefix: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from common import FLOATS, SIZES, Fenced, assert_close, doubles, normal, positive
+from interpreter_inputs import FLOATS, SIZES, Fenced, assert_close, doubles, normal, positive
 
 import fishertune_kernels as fk
 from fishertune_kernels import dispatch

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import FLOATS, Fenced, assert_close, normal
+from interpreter_inputs import FLOATS, Fenced, assert_close, normal
 
 import fishertune_kernels as fk
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from common import FLOATS, SIZES, Fenced, assert_close, doubles, normal
+from interpreter_inputs import FLOATS, SIZES, Fenced, assert_close, doubles, normal
 
 import fishertune_kernels as fk
 from fishertune_kernels.select_threshold import reference as threshold_reference
