@@ -148,8 +148,8 @@ def test_per_sample_squared_grad_of_nothing(backend: str) -> None:
     assert torch.equal(accumulator, torch.ones(3, 2))
 
 
-def literal_score(f: np.ndarray, s: np.ndarray, kind: str, c: float) -> np.ndarray:
-    gamma, prior, eps = 0.5, 2.0, 1e-8
+def literal_score(f: np.ndarray, s: np.ndarray, kind: str, c: float, eps: float) -> np.ndarray:
+    gamma, prior = 0.5, 2.0
     delta = np.abs(f - s) / (np.minimum(f, s) + eps)
     if kind == "dr_fim_variational":
         precision, shifted = f + prior, s + prior  # Eq. 15 as printed, with Λ
@@ -158,22 +158,23 @@ def literal_score(f: np.ndarray, s: np.ndarray, kind: str, c: float) -> np.ndarr
     return {"f": f, "delta_f": delta, "dr_fim": f + c * delta}[kind]
 
 
+@pytest.mark.parametrize("eps", [1e-8, 0.3])  # as printed, and large enough to tell eps from eps/γ
 @pytest.mark.parametrize("kind", ["f", "delta_f", "dr_fim", "dr_fim_variational"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_scores_are_the_papers_formulas(
-    backend: str, kind: str, dtype: torch.dtype, generator: torch.Generator
+    backend: str, kind: str, eps: float, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     fisher = [torch.rand(shape, generator=generator).to(dtype) for shape in [(4, 9), (0,), (33,)]]
     shifted = [torch.rand(tensor.shape, generator=generator).to(dtype) for tensor in fisher]
     fisher[0][0, 0] = shifted[0][0, 0] = 0.0  # a dead parameter: 0/(0 + eps)
-    arguments = {"gamma": 0.5, "prior_precision": 2.0, "eps": 1e-8}
+    arguments = {"gamma": 0.5, "prior_precision": 2.0, "eps": eps}
     result = fk.dr_fim_score(fisher, shifted, kind=kind, c=0.7, **arguments)
     running = [torch.full(tensor.shape, math.nan, dtype=result[0].dtype) for tensor in fisher]
     fk.dr_fim_score_(running, fisher, shifted, count=1, kind=kind, c=0.7, **arguments)
     fk.dr_fim_score_(running, fisher, shifted, count=2, kind=kind, c=0.1, **arguments)
     for f, s, score, mean in zip(fisher, shifted, result, running, strict=True):
         assert score.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        expected, second = (literal_score(f.double().numpy(), s.double().numpy(), kind, c) for c in (0.7, 0.1))
+        expected, second = (literal_score(f.double().numpy(), s.double().numpy(), kind, c, eps) for c in (0.7, 0.1))
         # |f − s| is exact to EPS, and so is every following operation; ten of them at most
         np.testing.assert_allclose(score.double().numpy(), expected, rtol=10 * EPS)
         np.testing.assert_allclose(mean.double().numpy(), (expected + second) / 2, rtol=20 * EPS)
