@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent
 KERNELS = Path("kernels", "fishertune_kernels")
 REASON_FILE = "not_built.txt"
 COST = (
-    "Everything still works on the plain torch implementations, but on CPUs (measured on one core) exact selection takes "
-    "about 50 times as long, posterior draws and updates 20 times, sparse optimizer steps and scores 10 times."
+    "Everything still works on the plain torch implementations, but on CPUs (measured on one core) exact selection "
+    "takes about 50 times as long, posterior draws and updates 20 times, sparse optimizer steps and scores 10 times."
 )
 
 

@@ -1,8 +1,8 @@
 """F[o,i] ← F[o,i] + weight·Σ_n (Σ_t dY[n,t,o]·X[n,t,i])² on a CPU: torch's matrix product, squared in cache.
 
-Rows of the weight are taken in tiles so small that the product and its accumulator stay in the second-level cache over
-all samples; each tile's product is squared into the accumulator by the C++ library. No sample's gradient ever exists
-whole, and the cost above the plain weight-gradient product is one pass over cached memory.
+Rows of the weight are taken in tiles of about a second-level cache; each tile's product is squared into the accumulator
+by the C++ library before the next one overwrites it. The buffer is one tile, whatever the batch and the weight, and the
+cost above the plain weight-gradient product is one pass over cached memory.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from ..native import DTYPES, Rows, call
 
 TILE_ELEMENTS = 1 << 19
-"""Product elements per tile and thread: 2 MiB, a second-level cache. Smaller tiles were measured to lose more in the matrix
-product and in starting threads than they save in cache misses."""
+"""Product elements per tile and thread: 2 MiB, a second-level cache. Smaller tiles were measured to lose more in the
+matrix product and in starting threads than they save in cache misses."""
 
 
 def per_sample_squared_grad_(
