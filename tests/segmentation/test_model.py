@@ -190,7 +190,8 @@ def test_resampling_works_on_widened_values(tmp_path):
     save_file(state, tmp_path / "half.safetensors")
     save_file({name: value.float() for name, value in state.items()}, tmp_path / "single.safetensors")
     half, single = (
-        create_backbone(TINY, image_size=(48, 80), weights=tmp_path / f"{name}.safetensors") for name in ("half", "single")
+        create_backbone(TINY, image_size=(48, 80), weights=tmp_path / f"{name}.safetensors")
+        for name in ("half", "single")
     )
     assert torch.equal(half.pos_embed, single.pos_embed)
 
