@@ -254,9 +254,7 @@ class ClosedForm(PosteriorEstimator):
         squares, samples = self._mean_squares(model, loss_fn, batch, targets)
         # The natural step with β = share of the new samples is the running mean over all samples.
         share = samples / (self.samples + samples)
-        precision_update_natural_(
-            [self.excess[name] for name in targets.names], squares, beta=share, gamma=self.gamma
-        )
+        precision_update_natural_([self.excess[name] for name in targets.names], squares, beta=share, gamma=self.gamma)
         return samples
 
 

@@ -17,7 +17,7 @@ KINDS = ("f", "delta_f", "dr_fim", "dr_fim_variational")
 class ShiftStrength(Protocol):
     """What ``simulate_domain`` yields, as far as a score needs it."""
 
-    def c(self, mode: str | float = "signed") -> float:
+    def c(self, mode: Any = "signed") -> float:
         """exp(−(ε_μ + ε_σ)) of the last draw."""
 
 
