@@ -241,6 +241,8 @@ def test_growth_follows_its_formula():
         assert growth.fraction(step) == pytest.approx(0.01 + 0.04 * rise, rel=1e-12)
     assert Growth(0.01, 0.05, 100, "linear").fraction(25) == pytest.approx(0.02, rel=1e-12)
     assert growth.fraction(100) == growth.fraction(1000) == 0.05
+    # exactly, although start + (end − start) is not always end in floats
+    assert 0.03 + (0.3 - 0.03) != 0.3 == Growth(0.03, 0.3, 7).fraction(7)
 
 
 def test_growth_may_start_from_nothing():
