@@ -236,6 +236,10 @@ class Recorder(TorchFunctionMode):
             return self._give_up(call, slots, args, kwargs)
         rule = self._rule(call)
         result = rule.run(call)
+        if isinstance(rule, Linear) and result._is_view() and not result.requires_grad:
+            # F.linear returns a view of its product, which cannot join the graph; only the first layer that is covered
+            # has an output without gradient, so the copy is one small one.
+            result = result.clone()
         outputs = float_tensors(result)
         if not outputs or any(out._is_view() and not out.requires_grad for out in outputs):
             return self._give_up(call, slots, args, kwargs)
