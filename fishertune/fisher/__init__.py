@@ -1,0 +1,1 @@
+"""Fisher information of the weights: per-sample squares, posterior precision, scores."""
