@@ -4,7 +4,7 @@
 
 Every run has the same warm-up, batches and budget of steps. The rate of a method is the one with the best mIoU on the
 held-out source frames, averaged over the seeds of the search; unseen domains play no part in it. Finished runs are
-kept, so the command can be stopped and given again. Writes ``result.json`` and ``result.md`` into ``--out``.
+kept, so the command can be stopped and given again, and several seeds can run side by side in one ``--out``. Writes ``result.json`` and ``result.md`` into ``--out``.
 """
 
 from __future__ import annotations
@@ -33,14 +33,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument(
+        "--rates", nargs="*", default=[], metavar="METHOD=RATE,RATE", help="rates to try instead of the built-in ones"
+    )
     parser.add_argument("--search-seeds", nargs="+", type=int, default=[0], help="seeds the rate is chosen on")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     reporter = Reporter()
+    rates_of = {method: RATES.get(method, SPARSE_RATES) for method in options.methods}
+    for item in options.rates:
+        method, _, values = item.partition("=")
+        rates_of[method] = tuple(float(value) for value in values.split(","))
     chosen: dict[str, float] = {}
     searched: dict[str, dict[str, Any]] = {}
     for method in options.methods:
-        rates = RATES.get(method, SPARSE_RATES)
+        rates = rates_of[method]
         trials = {
             rate: [_run(config, method, rate, seed, options.out, reporter) for seed in options.search_seeds]
             for rate in rates
