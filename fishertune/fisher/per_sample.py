@@ -131,7 +131,7 @@ class PerSampleSquares:
         try:
             _check_losses(losses)
             nodes, leaves = graph_of(losses)
-            records = [r for r in recorder.records if any(edge.node in nodes for edge in r.edges)]
+            records = [record for record in recorder.records if record.keep_used(nodes)]
             by_autograd = self._left_to_autograd(leaves)
             if not records and not by_autograd:
                 raise ValueError(_NO_GRADIENT)
@@ -208,9 +208,9 @@ class PerSampleSquares:
             candidates = [
                 layout
                 for layout in (Layout(samples, 0), Layout(samples, 1))
-                if all(map(layout.fits, record.shapes)) and rule.check(layout) and _dry_run(record, layout)
+                if all(map(layout.fits, record.used_shapes)) and rule.check(layout) and _dry_run(record, layout)
             ]
-            obvious = all(shape[0] == samples and samples not in shape[1:2] for shape in record.shapes if shape)
+            obvious = all(shape[:1] == (samples,) and shape[1:2] != (samples,) for shape in record.used_shapes)
             if candidates and candidates[0].dim == 0 and obvious:
                 layouts[record] = candidates[0]
             elif candidates:
@@ -233,22 +233,18 @@ class PerSampleSquares:
         """Back-propagates one loss alone: its gradient must vanish outside its own sample's block."""
         assert self._recorder is not None
         sample = int(losses.detach().argmax())
-        edges = [edge for record in unclear for edge in record.edges]
+        edges = [edge for record in unclear for edge in record.used_edges]
         self._recorder.phase = Phase.PROBE
         grads = iter(torch.autograd.grad(losses[sample], edges, retain_graph=True, allow_unused=True))
         for record, candidates in unclear.items():
-            found = [
-                (grad.reshape(shape), shape)
-                for shape, grad in ((shape, next(grads)) for shape in record.shapes)
-                if grad is not None
-            ]
-            if not any(bool(grad.any()) for grad, _ in found):  # nothing to see this time: ask again next time
+            found = [grad for grad in record.shaped(grads) if grad is not None]
+            if not any(bool(grad.any()) for grad in found):  # nothing to see this time: ask again next time
                 layouts[record] = candidates[0]
                 continue
             fitting = [
                 layout
                 for layout in candidates
-                if all(bool((layout.part(grad, sample) != 0).sum() == (grad != 0).sum()) for grad, _ in found)
+                if all(bool((layout.part(grad, sample) != 0).sum() == (grad != 0).sum()) for grad in found)
             ]
             measured[_signature(record, losses.numel())] = fitting[0].dim if fitting else None
             if fitting:
@@ -261,15 +257,12 @@ class PerSampleSquares:
         assert self._recorder is not None and self._sums is not None
         self._recorder.phase = Phase.PROBE
         leaves = [(name, leaf) for name, group in by_autograd.items() for leaf in group]
-        edges = [edge for record in apart for edge in record.edges]
+        edges = [edge for record in apart for edge in record.used_edges]
         edges += [get_gradient_edge(leaf) for _, leaf in leaves]
         for n in range(losses.numel()):
             grads = iter(torch.autograd.grad(losses[n], edges, retain_graph=True, allow_unused=True))
             for record in apart:
-                shaped = tuple(
-                    grad if grad is None else grad.reshape(shape)
-                    for shape, grad in ((shape, next(grads)) for shape in record.shapes)
-                )
+                shaped = record.shaped(grads)
                 if any(grad is not None for grad in shaped):
                     rule = record.live_rule()
                     for chunk in rule.gradients(shaped, Layout(1)):
@@ -450,7 +443,7 @@ def _product_weight(rule: Rule) -> Slot | None:
 
 
 def _signature(record: Record, samples: int) -> Any:
-    return samples, record.what, record.names, tuple(tuple(shape) for shape in record.shapes)
+    return samples, record.what, record.names, tuple(record.shapes)
 
 
 def _dry_run(record: Record, layout: Layout) -> bool:
@@ -458,9 +451,10 @@ def _dry_run(record: Record, layout: Layout) -> bool:
     rule = record.live_rule()
     if not isinstance(rule, Rerun):
         return True
-    value = rule.slots[0].value
+    zero = rule.slots[0].value.new_zeros(())
+    grads = tuple(None if shape is None else zero.expand(shape) for shape in record.shapes)
     try:
-        next(rule.gradients(tuple(value.new_zeros(()).expand(shape) for shape in record.shapes), layout))
+        next(rule.gradients(grads, layout))
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False
     return True

@@ -9,7 +9,7 @@ plain backward would have kept for that gradient.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,8 @@ _ABOUT = frozenset(
     {"__set__", "__delete__", "requires_grad_", "register_hook", "retain_grad", "detach", "detach_", "backward", "grad"}
 )
 _EXPANDING = frozenset({"expand", "expand_as", "broadcast_to", "repeat", "tile"})
+# Calls that look at a second tensor for its shape or dtype only.
+_SHAPED_LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 _RESHAPES = frozenset({"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"})
 
 CHECKPOINTING = (
@@ -44,14 +46,44 @@ class Phase(enum.Enum):
 
 @dataclass(eq=False)
 class Record:
-    """One call that met parameters, waiting for its output gradient."""
+    """One call that met parameters, waiting for the gradients of its outputs.
+
+    Attributes:
+        rule: what the call contributes; None once its inputs are released.
+        slots: the parameters it used.
+        edges, shapes: where in the graph its outputs are, and their shapes; None for outputs the losses do not use.
+        inputs: what the rule has saved, with version counters.
+        what: the call's name.
+    """
 
     rule: Rule | None
     slots: list[Slot]
-    edges: list[GradientEdge]
-    shapes: list[torch.Size]
-    inputs: list[tuple[Tensor, int]] = field(default_factory=list)  # saved inputs and their versions
+    edges: list[GradientEdge | None]
+    shapes: list[torch.Size | None]
+    inputs: list[tuple[Tensor, int]] = field(default_factory=list)
     what: str = ""
+
+    def keep_used(self, nodes: set[Any]) -> bool:
+        """Forgets the outputs outside ``nodes``; whether any is left."""
+        for i, edge in enumerate(self.edges):
+            if edge is None or edge.node not in nodes:
+                self.edges[i] = self.shapes[i] = None
+        if isinstance(self.rule, Rerun):
+            self.rule.expect(self.used_shapes)
+        return bool(self.used_edges)
+
+    @property
+    def used_edges(self) -> list[GradientEdge]:
+        return [edge for edge in self.edges if edge is not None]
+
+    @property
+    def used_shapes(self) -> list[torch.Size]:
+        return [shape for shape in self.shapes if shape is not None]
+
+    def shaped(self, grads: Iterator[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients of all outputs, from those of the used ones (which may come flattened)."""
+        found = [None if shape is None else (shape, next(grads)) for shape in self.shapes]
+        return tuple(None if pair is None or pair[1] is None else pair[1].reshape(pair[0]) for pair in found)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,7 +175,7 @@ class Recorder(TorchFunctionMode):
             if not isinstance(value, Tensor) or not value.requires_grad:
                 return value
         slots, data = self._sort(args, kwargs)
-        if not slots:
+        if not slots or (name in _SHAPED_LIKE and id(args[0]) not in slots):
             return func(*map_tensors(self._constant, args), **map_tensors(self._constant, kwargs))
         if not data:
             return self._derive(func, name, args, kwargs, slots)
@@ -236,12 +268,12 @@ class Recorder(TorchFunctionMode):
             return self._give_up(call, slots, args, kwargs)
         rule = self._rule(call)
         result = rule.run(call)
-        if isinstance(rule, Linear) and result._is_view() and not result.requires_grad:
-            # F.linear returns a view of its product, which cannot join the graph; only the first layer that is covered
-            # has an output without gradient, so the copy is one small one.
-            result = result.clone()
-        outputs = float_tensors(result)
-        if not outputs or any(out._is_view() and not out.requires_grad for out in outputs):
+        if not call.in_place:
+            # A view (F.linear returns one of its product) cannot join the graph. Only the first layer that is covered
+            # has an output without gradient, so there is one small copy.
+            result = map_tensors(lambda out: out.clone() if out._is_view() and not out.requires_grad else out, result)
+        outputs = [out for out in float_tensors(result) if call.in_place or all(out is not tensor for tensor in data)]
+        if not outputs:
             return self._give_up(call, slots, args, kwargs)
         for out in outputs:
             if not out.requires_grad:
@@ -260,13 +292,11 @@ class Recorder(TorchFunctionMode):
         return rule
 
     def _watch(self, rule: Rule, call: Call, outputs: list[Tensor]) -> None:
-        if isinstance(rule, Rerun):
-            rule.expect(outputs)
         edges = [self._edge(rule, out) for out in outputs]
         record = Record(
             rule,
             rule.slots,
-            edges,
+            list(edges),
             [out.shape for out in outputs],
             [(tensor, tensor._version) for tensor in rule.saved],
             call.name,
@@ -294,8 +324,8 @@ class Recorder(TorchFunctionMode):
                 f"A gradient reached {record.what} of {record.names[0]} after its batch was finished. Call backward on "
                 "the losses of one forward pass before the next begins, and only once."
             )
-        shaped = tuple(g if g is None else g.reshape(shape) for g, shape in zip(grads, record.shapes, strict=True))
-        self._on_gradient(record, shaped)
+        used = (grad for grad, shape in zip(grads, record.shapes, strict=True) if shape is not None)
+        self._on_gradient(record, record.shaped(used))
 
     def _give_up(self, call: Call, slots: dict[int, Slot], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Leaves the parameters of a call to autograd, which takes one backward pass for every sample."""
