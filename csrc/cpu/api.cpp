@@ -384,6 +384,7 @@ int32_t ft_sparse_adamw(const ft_adamw_row* rows, int64_t n_rows, const ft_adamw
     if (options->step < 1) return invalid("step is %lld; AdamW steps count from 1", static_cast<long long>(options->step));
     const double step = static_cast<double>(options->step);
     const AdamWConstants constants = {
+        static_cast<float>(options->beta1),
         static_cast<float>(1.0 - options->beta1),
         static_cast<float>(options->beta2),
         static_cast<float>(1.0 - options->beta2),

@@ -13,7 +13,7 @@ struct SgvbConstants {
 };
 
 struct AdamWConstants {
-  float take1, keep2, take2, decay, step_size, inv_sqrt_bias2, eps, grad_scale, active_threshold;
+  float keep1, take1, keep2, take2, decay, step_size, inv_sqrt_bias2, eps, grad_scale, active_threshold;
 };
 
 struct ScoreConstants {

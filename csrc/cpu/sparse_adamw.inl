@@ -9,6 +9,7 @@ static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, con
   Param* const param = static_cast<Param*>(row.param);
   const Grad* const grad = static_cast<const Grad*>(row.grad);
   const Index* const index = static_cast<const Index*>(row.index);
+  const bool from_grad = k.take1 > 0.5f;
   float p[kGather], g[kGather];
   for (int64_t i = begin; i < end; i += kGather) {
     const int64_t n = end - i < kGather ? end - i : kGather;
@@ -28,7 +29,8 @@ static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, con
     float* const second = row.exp_avg_sq + i;
     for (int64_t j = 0; j < n; ++j) {
       const float slope = g[j] * k.grad_scale;
-      const float m1 = first[j] + k.take1 * (slope - first[j]);
+      // As torch's lerp: from the end that weighs more, since a small share of a difference rounds less than a large one.
+      const float m1 = from_grad ? slope - k.keep1 * (slope - first[j]) : first[j] + k.take1 * (slope - first[j]);
       const float m2 = k.keep2 * second[j] + k.take2 * (slope * slope);
       first[j] = m1;
       second[j] = m2;
