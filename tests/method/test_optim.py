@@ -114,7 +114,7 @@ def test_float64_follows_torch_to_float64_rounding():
 @given(
     k=st.integers(0, 105),
     lr=st.floats(0, 0.1),
-    # from a half on, m̂/√v̂ ≤ √Σwᵢ²/uᵢ ≤ 1.6 over five steps (w, u: weights of the two means): the bound on the update
+    # m̂/√v̂ ≤ √Σwᵢ²/uᵢ ≤ √5 over five steps (w, u: weights of the two means): about the 2 of the bound on the update
     betas=st.tuples(st.floats(0.0, 0.99), st.floats(0.5, 0.999)),
     eps=st.sampled_from([1e-8, 1e-3]),
     weight_decay=st.floats(0, 0.5),
