@@ -4,7 +4,8 @@
 
 Every run has the same warm-up, batches and budget of steps. The rate of a method is the one with the best mIoU on the
 held-out source frames, averaged over the seeds of the search; unseen domains play no part in it. Finished runs are
-kept, so the command can be stopped and given again, and several seeds can run side by side in one ``--out``. Writes ``result.json`` and ``result.md`` into ``--out``.
+kept: the command can be stopped and given again, and several seeds can run side by side in one ``--out``. Writes
+``result.json`` and ``result.md`` there.
 """
 
 from __future__ import annotations

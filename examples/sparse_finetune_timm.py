@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from fishertune import _torchvision  # noqa: F401 (lets timm import beside a CPU build of torch)
 from fishertune.delta import Delta
-from fishertune.fisher.per_sample import per_sample_fisher
+from fishertune.fisher import per_sample_fisher
 from fishertune.optim import SparseAdamW
 from fishertune.selection import Growth, select
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from fishertune.train.config import RunConfig, load_config
 from fishertune.train.progress import Reporter
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from fishertune.train.config import ConfigError, load_config, load_domains, save_config
 
 

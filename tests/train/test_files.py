@@ -7,8 +7,9 @@ import os
 
 import pytest
 import torch
-from fishertune.files import atomic_write, load_json, load_tensors, save_json, save_tensors
 from safetensors import SafetensorError
+
+from fishertune.files import atomic_write, load_json, load_tensors, save_json, save_tensors
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -64,6 +65,6 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "z.json").write_text("{")
     with pytest.raises(ValueError, match=r"z\.json is not valid JSON"):
         load_json(tmp_path / "z.json")
-    with pytest.raises(ValueError, match="NaN|not JSON compliant"):
+    with pytest.raises(ValueError, match=r"NaN|not JSON compliant"):
         save_json(tmp_path / "n.json", float("nan"))
     assert not (tmp_path / "n.json").exists()

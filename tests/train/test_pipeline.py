@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fishertune.cli import main
 from fishertune.files import load_json, load_tensors, save_tensors
 from fishertune.selection import Selection
@@ -102,7 +103,7 @@ def test_evaluating_a_finished_run_again_gives_the_same_numbers(finished, quiet,
     (tmp_path / "more.yaml").write_text("fog: {kind: scenes, domain: fog, count: 2, size: [32, 64]}\n")
     more = evaluate_folder(folder, ["night", str(tmp_path / "more.yaml")], reporter=quiet)
     assert list(more["domains"]) == ["night", "fog"]
-    with pytest.raises(ConfigError, match="no such domain. Domains: source, night"):
+    with pytest.raises(ConfigError, match=r"no such domain\. Domains: source, night"):
         evaluate_folder(folder, ["dusk"], reporter=quiet)
 
 
@@ -161,7 +162,7 @@ def test_a_folder_in_use_is_refused(small_config, tmp_path, quiet):
     out = tmp_path / "run"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty. Add --resume"):
+    with pytest.raises(ConfigError, match=r"not empty\. Add --resume"):
         run(small_config, out, reporter=quiet)
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
     with pytest.raises(ConfigError, match="is a file"):

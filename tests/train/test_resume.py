@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from fishertune.train.pipeline import run
 
 RESULTS = ("scores", "selection", "delta", "decoder", "pictures")
