@@ -28,6 +28,8 @@ from fishertune.train.seeds import derive_seed, generator
 from fishertune.train.usage import Usage
 
 _BACKBONE = "backbone."
+_TWO_TERMS = ("dr_fim", "dr_fim_variational")
+_SWAMPED = 0.01
 
 
 @dataclass
@@ -150,13 +152,25 @@ def estimate(context: Context, path: Path, checkpoint: Path, partition: Partitio
             if (step + 1) % context.config.checkpoint_every == 0 and step + 1 < steps:
                 estimation.save(checkpoint, step + 1)
     scores = {name.removeprefix(_BACKBONE): value for name, value in estimation.average.scores.items()}
+    shares = estimation.average.term_shares()
+    _say_shares(context.reporter, shares, kind)
     metadata = {
         "kind": kind,
         "steps": steps,
-        "term_shares": estimation.average.term_shares(),
+        "term_shares": shares,
         "usage": estimation.usage.to_plain(),
     }
     save_tensors(path, scores, metadata)
+
+
+def _say_shares(reporter: Reporter, shares: dict[str, float], kind: str) -> None:
+    if kind not in _TWO_TERMS:
+        return
+    text = f"the task term makes up {shares['task']:.1%} of the score, the domain term {shares['domain']:.1%}"
+    if min(shares.values()) < _SWAMPED:
+        reporter.warn(f"{text}: one of them decides alone. Change estimate.gamma and estimate.tau, or the method.")
+    else:
+        reporter.line(text)
 
 
 class Estimation:
