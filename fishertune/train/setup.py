@@ -89,7 +89,7 @@ def _scenes(domain: ScenesConfig, part: Part | None, holdout: float) -> Segmenta
     if part is None:
         return dataset
     kept = max(1, round(domain.count * holdout))
-    return Slice(dataset, range(domain.count - kept) if part == "train" else range(domain.count - kept, domain.count))
+    return Excerpt(dataset, range(domain.count - kept) if part == "train" else range(domain.count - kept, domain.count))
 
 
 def build_data(config: DataConfig, reporter: Reporter) -> RunData:
@@ -148,7 +148,7 @@ def build_backbone(config: RunConfig) -> nn.Module:
     )
 
 
-class Slice:
+class Excerpt:
     """Some of a data set's items, in order."""
 
     def __init__(self, dataset: SegmentationDataset, indices: range) -> None:

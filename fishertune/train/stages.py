@@ -145,6 +145,8 @@ def estimate(context: Context, path: Path, checkpoint: Path, partition: Partitio
     done = estimation.restore(checkpoint) if checkpoint.is_file() else 0
     context.model.eval()
     stream = context.stream("estimation", context.config.estimate.batch_size)
+    if done == 0 and context.config.estimate.batch_size == 1:
+        estimation.prime([stream.batch(step)[0][0] for step in range(2)])
     with estimation.usage, context.reporter.bar("estimation", steps, done) as bar:
         for step, (images, labels), _ in stream.iterate(done, steps):
             estimation.update(step, (context.normalised(images), labels.to(context.device)))
@@ -198,6 +200,14 @@ class Estimation:
         self._shifted = estimator() if kind != "f" else None
         self.average = ScoreAverage(kind, gamma=config.gamma, tau=config.tau, eps=config.eps, c_mode=config.c)
         self.usage = Usage()
+
+    def prime(self, images: list[torch.Tensor]) -> None:
+        """Lets batches of one start: the running spread over samples (Eq. 6) needs two samples before the first step."""
+        if self._shifted is None:
+            return
+        backbone = self._context.model.backbone
+        with torch.no_grad(), simulate_domain(backbone, where=self._config.where, statistics=self._statistics):
+            self._context.model.features(self._context.normalised(torch.cat(images)))
 
     def update(self, step: int, batch: Batch) -> None:
         """One of the T2 steps: the batch as it is, then under a fresh simulated shift (Eq. 6), then the score."""

@@ -131,6 +131,13 @@ def test_bf16_accumulation_and_estimators_run(small_config, tmp_path, quiet):
     assert metrics["selection"]["selected"] == metrics["tuned_parameters"]
 
 
+def test_estimation_from_single_images_uses_the_running_spread(small_config, tmp_path, quiet):
+    estimate = replace(small_config.estimate, batch_size=1)
+    with pytest.warns(UserWarning, match="batch of one; it uses the spread over all 3 samples so far"):
+        metrics = run(replace(small_config, estimate=estimate), tmp_path / "run", reporter=quiet)
+    assert metrics["selection"]["term_shares"]["domain"] > 0
+
+
 def test_accumulating_two_batches_equals_one_of_twice_the_size(small_config, quiet):
     data = build_context(small_config, quiet).data.train
     config = replace(small_config.augment, flip=0.5)
