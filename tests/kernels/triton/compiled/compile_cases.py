@@ -1,7 +1,7 @@
 """Every Triton kernel with the argument types and tile sizes it is launched with, compiled without a GPU.
 
-``python tests/kernels/triton/compiled/compile_cases.py`` (without TRITON_INTERPRET) compiles all of them, prints what they
-use and writes ``budget.json``, which test_compiled.py holds them to.
+``python tests/kernels/triton/compiled/compile_cases.py`` (without TRITON_INTERPRET) compiles all of them, prints what
+they use and writes ``budget.json``, which test_compiled.py holds them to.
 """
 
 import json

@@ -2,7 +2,8 @@
 
 import torch
 
-SIZES = [(0,), (1,), (3, 5), (4096,), (2, 7, 311), (9001,)]  # empty, one, tails, whole chunks, several chunks
+# Empty, one, a tail, whole chunks, one element short of whole chunks, several chunks.
+SIZES = [(0,), (1,), (3, 5), (4096,), (5, 9, 91), (9001,)]
 CANARY = 7.25  # exact in every float dtype
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
