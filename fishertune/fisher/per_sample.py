@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from fishertune.fisher.recorder import CHECKPOINTING, Phase, Record, Recorder, graph_of
@@ -129,7 +129,18 @@ class PerSampleSquares:
             raise RuntimeError("backward was called outside the context. Use: with PerSampleSquares(model) as squares.")
         recorder.suspended = True
         try:
-            _check_losses(losses)
+            self._backward(recorder, losses, weight)
+        finally:
+            recorder.reset()
+            recorder.suspended = False
+            recorder.phase = Phase.FORWARD
+            self._layouts, self._sums = {}, None
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _backward(self, recorder: Recorder, losses: Tensor, weight: float) -> None:
+        _check_losses(losses)
+        with torch.no_grad():  # saved inputs carry a graph that the sums must not join
             nodes, leaves = graph_of(losses)
             records = [record for record in recorder.records if record.keep_used(nodes)]
             by_autograd = self._left_to_autograd(leaves)
@@ -145,13 +156,6 @@ class PerSampleSquares:
                 self._one_by_one(losses, apart, by_autograd)
             self._run_engine(losses, leaves)
             self._sums.finish()
-        finally:
-            recorder.reset()
-            recorder.suspended = False
-            recorder.phase = Phase.FORWARD
-            self._layouts, self._sums = {}, None
-
-    # ------------------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
@@ -235,7 +239,7 @@ class PerSampleSquares:
         sample = int(losses.detach().argmax())
         edges = [edge for record in unclear for edge in record.used_edges]
         self._recorder.phase = Phase.PROBE
-        grads = iter(torch.autograd.grad(losses[sample], edges, retain_graph=True, allow_unused=True))
+        grads = iter(_grads_of_one(losses, sample, edges))
         for record, candidates in unclear.items():
             found = [grad for grad in record.shaped(grads) if grad is not None]
             if not any(bool(grad.any()) for grad in found):  # nothing to see this time: ask again next time
@@ -260,14 +264,14 @@ class PerSampleSquares:
         edges = [edge for record in apart for edge in record.used_edges]
         edges += [get_gradient_edge(leaf) for _, leaf in leaves]
         for n in range(losses.numel()):
-            grads = iter(torch.autograd.grad(losses[n], edges, retain_graph=True, allow_unused=True))
+            grads = iter(_grads_of_one(losses, n, edges))
             for record in apart:
                 shaped = record.shaped(grads)
                 if any(grad is not None for grad in shaped):
                     rule = record.live_rule()
                     for chunk in rule.gradients(shaped, Layout(1)):
-                        for slot, grad in zip(rule.slots, chunk, strict=True):
-                            self._sums.add(slot, n, grad)
+                        for slot, part in zip(rule.slots, chunk, strict=True):
+                            self._sums.add(slot, n, part)
             for (name, _), grad in zip(leaves, grads, strict=True):
                 if grad is not None:
                     self._sums.add_direct(name, n, grad)
@@ -433,6 +437,13 @@ def _check_losses(losses: Any, where: str = "") -> None:
             f"The loss of sample {bad}{where} is {losses[bad].item()}, so the Fisher would be NaN everywhere. Check "
             "that sample and its labels (are all of them ignored?) and that the model has finite weights."
         )
+
+
+def _grads_of_one(losses: Tensor, sample: int, edges: list[GradientEdge]) -> tuple[Tensor | None, ...]:
+    """The gradients of one sample's loss; the graph stays."""
+    only = torch.zeros_like(losses)
+    only[sample] = 1
+    return torch.autograd.grad(losses, edges, only, retain_graph=True, allow_unused=True)
 
 
 def _product_weight(rule: Rule) -> Slot | None:

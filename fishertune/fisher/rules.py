@@ -135,7 +135,7 @@ def _sum_to(product: Tensor, shape: Sequence[int], ndim: int) -> Tensor:
 def _broadcast_ok(slot: Slot, out_ndim: int) -> bool:
     """Whether the slot is the same for all samples: it does not reach into the leading dimension."""
     value = slot.value
-    return not slot.expanded and (value.dim() < out_ndim or (value.dim() == out_ndim and value.shape[0] == 1))
+    return value.dim() < out_ndim or (value.dim() == out_ndim and value.shape[0] == 1)
 
 
 class Linear(Rule):
@@ -152,7 +152,7 @@ class Linear(Rule):
         weight, bias = call.slot_of(bound["weight"]), call.slot_of(bound["bias"])
         if call.slot_of(bound["input"]) or len(call.slots) != (weight is not None) + (bias is not None):
             return None
-        if bound["weight"].dim() != 2 or any(slot.expanded for slot in call.slots):
+        if bound["weight"].dim() != 2:
             return None
         return Linear(bound["input"], weight, bias)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fishertune import _torchvision  # noqa: F401  (before timm)
 from fishertune.domain import simulate_domain
 from fishertune.fisher.per_sample import PerSampleSquares, per_sample_fisher, require_information
+from fishertune_kernels import per_sample_squared_grad_
 
 timm = pytest.importorskip("timm")
 
@@ -50,6 +52,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: 
 
 def check(model: nn.Module, loss_fn: Losses, batch: Any, tolerance: float = 1e-10) -> dict[str, Tensor]:
     got = per_sample_fisher(model, loss_fn, [batch])
+    assert not any(value.requires_grad for value in got.values())
     was = model.training
     model.eval()
     assert_same(got, one_at_a_time(model, loss_fn(model, batch)), tolerance)
@@ -139,6 +142,7 @@ def test_equals_vmap_on_a_dense_vit_with_every_parameter() -> None:
     assert_same(single, expected, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_equals_backpack_where_it_can() -> None:
     backpack = pytest.importorskip("backpack")
     extensions = pytest.importorskip("backpack.extensions")
@@ -253,6 +257,22 @@ def test_subset_of_parameters() -> None:
     assert_same(per_sample_fisher(model, pixel_loss, [batch], params=names), {n: everything[n] for n in names})
 
 
+def test_matrices_go_to_the_fused_kernel() -> None:
+    """Whatever else looks at a weight: a gradient per sample would cost as many copies of the model as samples."""
+
+    class Casting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float().type_as(self.weight))
+
+    model = dense_model(nn.Sequential(nn.Conv2d(48, 5, 1), nn.Flatten(2), Casting(30, 30), nn.Unflatten(2, (5, 6))))
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    matrices.append(model.backbone.patch_embed.proj.weight)
+    with mock.patch("fishertune.fisher.sums.per_sample_squared_grad_", wraps=per_sample_squared_grad_) as kernel:
+        per_sample_fisher(model, pixel_loss, [dense_batch()])
+    sizes = sorted(call.args[0].numel() for call in kernel.call_args_list)
+    assert sizes == sorted(weight.numel() for weight in matrices)
+
+
 def test_loop_that_is_not_ours() -> None:
     model, (x, labels) = dense_model(), dense_batch(4)
     with PerSampleSquares(model, ["head.weight"]) as total:
@@ -306,6 +326,26 @@ def test_weights_behind_a_computation() -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
     nn.utils.parametrizations.weight_norm(model[0])
     check(randomise(model), squares, images(4, 7, 5))
+
+
+def test_arithmetic_with_parameters() -> None:
+    class Arithmetic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.both = nn.Linear(5, 6), nn.Parameter(torch.rand(6))
+            self.token, self.table = nn.Parameter(torch.rand(1, 1, 6)), nn.Parameter(torch.rand(7, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.one(x.type_as(self.one.weight))
+            y = torch.sub(y, self.both, alpha=2) * self.both + torch.sub(self.both, y, alpha=3)
+            tokens = self.token.expand(len(x), -1, -1)
+            return (y + tokens) * self.table + (y * tokens).cos() / self.both
+
+    model, x = randomise(Arithmetic()), images(3, 7, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(model, squares, x)
+    assert not x.requires_grad
 
 
 class InPlace(nn.Module):
