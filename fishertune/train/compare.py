@@ -10,6 +10,7 @@ from typing import Any
 from fishertune.train.config import RunConfig
 from fishertune.train.pipeline import run
 from fishertune.train.progress import Reporter
+from fishertune.train.setup import build_data
 
 
 def compare(
@@ -36,10 +37,11 @@ def compare(
     """
     reporter = reporter or Reporter()
     out = Path(out)
+    data = build_data(config.data, reporter)
     results = []
     for number, method in enumerate(methods, start=1):
         reporter.line(f"[bold]{method}[/bold] ({number} of {len(methods)})")
         lr = (learning_rates or {}).get(method, config.tune.lr)
         chosen = replace(config, method=method, tune=replace(config.tune, lr=lr))
-        results.append(run(chosen, out / method, resume=resume, reporter=reporter, cache=out / "shared"))
+        results.append(run(chosen, out / method, resume=resume, reporter=reporter, cache=out / "shared", data=data))
     return results

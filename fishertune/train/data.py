@@ -74,11 +74,12 @@ class BatchStream:
 
 
 class InMemory:
-    """Keeps every sample once it was read; for data sets that fit."""
+    """Keeps samples once they were read, as many as ``budget`` bytes hold; the others are read anew each time."""
 
-    def __init__(self, dataset: SegmentationDataset) -> None:
+    def __init__(self, dataset: SegmentationDataset, budget: int = 1 << 30) -> None:
         self._dataset = dataset
         self._samples: dict[int, Sample] = {}
+        self._left = budget
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -88,6 +89,11 @@ class InMemory:
         return len(self._dataset)
 
     def __getitem__(self, index: int, /) -> Sample:
-        if index not in self._samples:
-            self._samples[index] = self._dataset[index]
-        return self._samples[index]
+        if index in self._samples:
+            return self._samples[index]
+        sample = self._dataset[index]
+        size = sample.image.nbytes + sample.label.nbytes
+        if size <= self._left:
+            self._samples[index] = sample
+            self._left -= size
+        return sample

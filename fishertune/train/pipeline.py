@@ -19,6 +19,7 @@ from fishertune.segmentation.inference import evaluate, predict
 from fishertune.segmentation.model import resolve_blocks
 from fishertune.selection import Selection, select
 from fishertune.train.config import ConfigError, RunConfig, load_domains
+from fishertune.train.data import RunData
 from fishertune.train.progress import Reporter
 from fishertune.train.report import write_report
 from fishertune.train.run_folder import RunFolder
@@ -39,6 +40,7 @@ def run(
     resume: bool = False,
     reporter: Reporter | None = None,
     cache: str | Path | None = None,
+    data: RunData | None = None,
 ) -> dict[str, Any]:
     """Algorithm 1: warm up, estimate, select, tune, evaluate; returns what ``metrics.json`` holds.
 
@@ -47,6 +49,7 @@ def run(
         out: run folder; must be new or empty unless ``resume``.
         resume: continue the run in ``out``; a finished one is returned as it is.
         reporter: where progress goes.
+        data: the data sets of ``config.data``, where several runs share them; default: opened anew.
         cache: folder of warm-up and estimation results that runs with the same settings share; default: none shared.
 
     Raises:
@@ -56,7 +59,7 @@ def run(
     reporter = reporter or Reporter()
     folder = RunFolder(out)
     method = get_method(config.method)
-    context = build_context(config, reporter)  # every check of the input comes before the folder is touched
+    context = build_context(config, reporter, data)  # every check of the input comes before the folder is touched
     folder.open(config, resume=resume)
     if folder.metrics.is_file():
         reporter.line(f"{folder.path} is finished.")

@@ -102,7 +102,10 @@ def build_data(config: DataConfig, reporter: Reporter) -> RunData:
     data = RunData(
         train=InMemory(build_domain(config.source, classes, part="train", holdout=config.holdout)),
         validation=InMemory(build_domain(config.source, classes, part="val", holdout=config.holdout)),
-        unseen={name: build_domain(domain, classes, holdout=config.holdout) for name, domain in config.unseen.items()},
+        unseen={
+            name: InMemory(build_domain(domain, classes, holdout=config.holdout))
+            for name, domain in config.unseen.items()
+        },
         classes=classes,
     )
     absent = [name for name, pixels in class_presence(data.train, limit=_PRESENCE_SAMPLES).items() if pixels == 0]
@@ -117,8 +120,13 @@ def build_data(config: DataConfig, reporter: Reporter) -> RunData:
     return data
 
 
-def build_context(config: RunConfig, reporter: Reporter) -> Context:
+def build_context(config: RunConfig, reporter: Reporter, data: RunData | None = None) -> Context:
     """Data sets and pretrained model of a run; nothing is written.
+
+    Args:
+        config: the resolved configuration.
+        reporter: where progress and warnings go.
+        data: the data sets of ``config.data``, where several runs share them.
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: for anything that would stop the run later.
@@ -126,7 +134,7 @@ def build_context(config: RunConfig, reporter: Reporter) -> Context:
     device = resolve_device(config.device)
     get_method(config.method)  # an unknown name should not wait for the data
     check_windows(config.evaluate.window, config.evaluate.stride)
-    data = build_data(config.data, reporter)
+    data = data or build_data(config.data, reporter)
     backbone = build_backbone(config)
     channels = feature_channels(backbone, resolve_blocks(backbone, config.backbone.blocks))
     head = create_head(config.head.kind, channels, len(data.classes), seed=derive_seed(config.seed, "head"))

@@ -202,7 +202,7 @@ class Estimation:
         self.usage = Usage()
 
     def prime(self, images: list[torch.Tensor]) -> None:
-        """Lets batches of one start: the running spread over samples (Eq. 6) needs two samples before the first step."""
+        """Lets batches of one start: the running spread over samples (Eq. 6) needs two before the first step."""
         if self._shifted is None:
             return
         backbone = self._context.model.backbone

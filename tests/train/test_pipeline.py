@@ -9,9 +9,10 @@ import torch
 
 from fishertune.cli import main
 from fishertune.files import load_json, load_tensors, save_tensors
+from fishertune.segmentation.datasets.base import Sample
 from fishertune.selection import Selection
 from fishertune.train.config import ConfigError, TuneConfig, save_config
-from fishertune.train.data import BatchStream
+from fishertune.train.data import BatchStream, InMemory
 from fishertune.train.loop import NonFiniteLossError
 from fishertune.train.pipeline import evaluate_folder, load_run, run
 from fishertune.train.setup import build_backbone, build_context
@@ -147,6 +148,26 @@ def test_accumulating_two_batches_equals_one_of_twice_the_size(small_config, qui
     whole = large.batch(0)[0]
     assert torch.equal(torch.cat([images for images, _ in halves]), whole[0])
     assert torch.equal(torch.cat([labels for _, labels in halves]), whole[1])
+
+
+def test_samples_are_kept_within_their_budget_and_come_back_the_same(small_config, quiet):
+    class Counting:
+        classes = ("a",)
+        reads = 0
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            Counting.reads += 1
+            return Sample(
+                torch.full((3, 2, 2), index, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8), str(index)
+            )
+
+    kept = InMemory(Counting(), budget=2 * (12 + 4))  # room for two of the four
+    names = [kept[i].name for _ in range(2) for i in range(4)]
+    assert names == ["0", "1", "2", "3"] * 2
+    assert Counting.reads == 4 + 2
 
 
 def test_every_image_is_seen_once_an_epoch(small_config, quiet):
