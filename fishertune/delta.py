@@ -208,9 +208,7 @@ class Delta:
         """
         self._flip(target, undo=True, dtype=dtype)
 
-    def _flip(
-        self, target: nn.Module | MutableMapping[str, Tensor], *, undo: bool, dtype: torch.dtype | None
-    ) -> None:
+    def _flip(self, target: nn.Module | MutableMapping[str, Tensor], *, undo: bool, dtype: torch.dtype | None) -> None:
         state = _state(target)
         is_module = isinstance(target, nn.Module)
         self._check_target(state, is_module=is_module, undo=undo)

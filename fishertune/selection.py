@@ -90,9 +90,7 @@ class Selection:
 
     def shares(self) -> dict[str, float]:
         """Selected part of every parameter, 0 to 1 (0 for a parameter without elements)."""
-        return {
-            name: index.numel() / max(math.prod(self.shapes[name]), 1) for name, index in self.indices.items()
-        }
+        return {name: index.numel() / max(math.prod(self.shapes[name]), 1) for name, index in self.indices.items()}
 
     def save(self, path: str | Path) -> None:
         """Writes the selection as one safetensors file, whole or not at all: 8 bytes per selected element."""
