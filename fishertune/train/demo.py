@@ -33,5 +33,5 @@ def run_demo(out: Path, *, resume: bool = False, reporter: Reporter | None = Non
     )
     results = compare(config, METHODS, out, learning_rates=LEARNING_RATES, resume=True, reporter=reporter)
     report = write_comparison(out, results)
-    Console().print(metrics_table(results))
+    Console(width=max(Console().width, 100)).print(metrics_table(results))
     reporter.line(f"Pictures and curves: {report}")

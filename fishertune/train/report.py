@@ -195,7 +195,8 @@ def _heat_map(values: dict[str, float], *, logarithmic: bool = False) -> str:
     norm = LogNorm(positive.min(), positive.max()) if logarithmic and positive.size else None
     figure = _figure(max(6.0, 0.62 * len(blocks) + 1.6), 2.7)
     axes = figure.subplots()
-    image = axes.imshow(np.where(grid > 0, grid, np.nan), aspect="auto", cmap="viridis", norm=norm)
+    shown = np.where(grid > 0, grid, np.nan) if logarithmic else grid
+    image = axes.imshow(shown, aspect="auto", cmap="viridis", norm=norm)
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
     axes.set_yticks(range(len(KINDS)), KINDS)
     axes.set_xlabel("block")
