@@ -18,8 +18,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# One thread and one worker a core: the tests are many short calls, which threads only slow down.
 suite: setup
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
 setup: $(SETUP)
 
