@@ -155,6 +155,7 @@ class Recorder(TorchFunctionMode):
         """Forgets everything recorded; gradients that still arrive at it are an error."""
         for record in getattr(self, "records", []):
             record.release()
+            record.edges.clear()  # see _watch
         self.records: list[Record] = []
         self.shadows: dict[str, Tensor] = {}  # leaves that stand for parameters in computations of parameters alone
         self._derived: dict[int, Slot] = {}  # results of such computations, by id; the slot keeps them alive
@@ -303,8 +304,11 @@ class Recorder(TorchFunctionMode):
         )
         self.records.append(record)
         if len(outputs) == 1:
-            edge = edges[0]
-            edge.node.register_prehook(lambda grads: self._arrived(record, (grads[edge.output_nr],)))
+            # The node holds the hook and the hook the record. If either held the node in turn, that would be a cycle
+            # through C++, which no collector finds: the whole graph of every batch would stay.
+            node, number = edges[0].node, edges[0].output_nr
+            node.register_prehook(lambda grads: self._arrived(record, (grads[number],)))
+            del node
         else:
             torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: self._arrived(record, tuple(grads)))
 

@@ -6,6 +6,7 @@ of each tensor: float64 leaves about 1e-15 and is held to 1e-10; fp32 leaves abo
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -523,6 +524,28 @@ def test_nothing_is_left_behind() -> None:
     assert all(p.grad is None for n, p in model.named_parameters() if n != "head.0.weight")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("loss_fails", [False, True])
+def test_no_batch_stays_in_memory(loss_fails: bool) -> None:
+    """Hooks on graph nodes can tie a graph to itself through C++, where no collector looks."""
+    model = dense_model(nn.Conv2d(48, 5, 1))
+
+    def failing(model: nn.Module, batch: Any) -> Tensor:
+        pixel_loss(model, batch)
+        raise KeyboardInterrupt
+
+    def live_tensors() -> int:
+        if loss_fails:
+            with pytest.raises(KeyboardInterrupt):
+                per_sample_fisher(model, failing, [dense_batch()])
+        else:
+            per_sample_fisher(model, pixel_loss, [dense_batch()])
+        gc.collect()
+        return sum(type(item) in (Tensor, nn.Parameter) for item in gc.get_objects())
+
+    live_tensors()  # the first call fills caches
+    assert live_tensors() == live_tensors()
 
 
 @pytest.mark.slow
