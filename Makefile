@@ -7,7 +7,7 @@ SETUP := $(VENV)/.setup-done
 .PHONY: demo test lint types suite setup native bench gpu clean
 
 demo: setup
-	$(BIN)/fishertune demo
+	$(BIN)/fishertune demo --resume
 
 test: lint types suite
 

@@ -163,6 +163,7 @@ def estimate(context: Context, path: Path, checkpoint: Path, partition: Partitio
         "usage": estimation.usage.to_plain(),
     }
     save_tensors(path, scores, metadata)
+    checkpoint.unlink(missing_ok=True)
 
 
 def _say_shares(reporter: Reporter, shares: dict[str, float], kind: str) -> None:
