@@ -191,9 +191,16 @@ class RunConfig:
     checkpoint_every: int = 100
     device: str = "auto"
 
-    def fingerprint(self, *sections: str) -> str:
-        """A short hash of the named fields; two runs with the same one may share a stage's result."""
-        chosen = {name: to_plain(getattr(self, name)) for name in sections}
+    def fingerprint(self, *fields: str) -> str:
+        """A short hash of the named fields (``section`` or ``section.setting``).
+
+        Two runs with the same one may share the result of a stage that depends on nothing else.
+        """
+        plain = to_plain(self)
+        chosen = {}
+        for name in fields:
+            section, _, setting = name.partition(".")
+            chosen[name] = plain[section][setting] if setting else plain[section]
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 

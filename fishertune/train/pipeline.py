@@ -28,7 +28,11 @@ from fishertune.train.setup import build_context, build_domain
 from fishertune.train.stages import Context, StageResult, estimate, tune, warm_up
 from fishertune.train.usage import Usage
 
-_SHARED_BY_WARM_UP = ("seed", "backbone", "head", "data", "augment", "warmup")
+_WARM_UP_DEPENDS_ON = (
+    *("seed", "backbone", "head", "data", "augment", "warmup"),
+    *("tune.betas", "tune.weight_decay", "tune.clip", "tune.poly_power"),
+)
+_SCORES_DEPEND_ON = (*_WARM_UP_DEPENDS_ON, "estimate", "select")
 SOURCE = "source"
 PICTURES_PER_DOMAIN = 2
 
@@ -67,7 +71,7 @@ def run(
     shared = Path(cache) if cache is not None else folder.state
     stages: dict[str, StageResult] = {}
 
-    stages["warm-up"] = warm_up(context, shared / f"warmup-{config.fingerprint(*_SHARED_BY_WARM_UP)}.safetensors")
+    stages["warm-up"] = warm_up(context, shared / f"warmup-{config.fingerprint(*_WARM_UP_DEPENDS_ON)}.safetensors")
     selection = _select_stage(context, folder, shared, method, stages)
     base = _touched(context, selection)
     stages["tuning"] = tune(context, folder.state / "tune.safetensors", method, selection)
@@ -97,7 +101,7 @@ def _select_stage(
     candidates = candidate_partition(config, backbone)
     estimated = None
     if method.score_kind is not None:
-        key = config.fingerprint(*_SHARED_BY_WARM_UP, "estimate", "select")
+        key = config.fingerprint(*_SCORES_DEPEND_ON)
         path = shared / f"scores-{method.score_kind}-{key}.safetensors"
         estimate(context, path, path.with_suffix(".partial"), candidates, method.score_kind)
         estimated, metadata = load_tensors(path)

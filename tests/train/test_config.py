@@ -94,3 +94,5 @@ def test_fingerprint_changes_with_its_sections_only(tmp_path, plain_config):
     one, other = load_config(path), load_config(path, ["tune.lr=0.5"])
     assert one.fingerprint("seed", "warmup") == other.fingerprint("seed", "warmup")
     assert one.fingerprint("tune") != other.fingerprint("tune")
+    assert one.fingerprint("tune.clip") == other.fingerprint("tune.clip")
+    assert one.fingerprint("tune.lr") != other.fingerprint("tune.lr")
