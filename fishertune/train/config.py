@@ -60,13 +60,15 @@ class FolderConfig:
     images: str
     labels: str
     kind: Literal["folder"] = "folder"
+    ignore_ids: tuple[int, ...] = ()  # further file ids that do not count
     label_map: str | dict[int, int] | None = None  # preset name, or file id -> class index; None: ids are class indices
     manifest: str | None = None
     sequences: tuple[str, ...] | None = None
     image_suffix: str = ".jpg"
     label_suffix: str = ".png"
     size: tuple[int, int] | None = None  # (height, width) everything is resized to
-    limit: int | None = None
+    every: int = 1  # keep each n-th frame of a sequence; neighbouring video frames nearly repeat each other
+    limit: int | None = None  # at most this many, evenly spread
     part: Literal["train", "val"] | None = None  # of an unseen domain made of source frames: only the held-out ones
     on_size_mismatch: Literal["error", "skip"] = "error"
     corruption: CorruptionConfig | None = None

@@ -69,6 +69,7 @@ def build_domain(
             domain.labels,
             classes=classes,
             label_map=domain.label_map,
+            ignore_ids=domain.ignore_ids,
             manifest=domain.manifest,
             sequences=domain.sequences,
             image_suffix=domain.image_suffix,
@@ -76,6 +77,7 @@ def build_domain(
             size=domain.size,
             holdout=holdout,
             part=part or domain.part or "all",
+            every=domain.every,
             limit=domain.limit,
             on_size_mismatch=domain.on_size_mismatch,
         )
