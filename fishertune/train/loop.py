@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,7 +109,7 @@ def train(
 
 def _finite(loss: torch.Tensor, settings: LoopSettings, step: int, names: list[str], optimizer: Any) -> float:
     value = float(loss.detach())
-    if value == value and abs(value) != float("inf"):
+    if math.isfinite(value):
         return value
     rates = ", ".join(f"{group['lr']:.2g}" for group in optimizer.param_groups)
     raise NonFiniteLossError(

@@ -133,13 +133,17 @@ def _figure(width: float, height: float) -> Figure:
 def _source(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _data_uri(buffer)
 
 
 def _png(image_HWC: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, format="png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _data_uri(buffer)
+
+
+def _data_uri(png: io.BytesIO) -> str:
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 def _colour(label_HW: torch.Tensor, colours: Sequence[tuple[int, int, int]]) -> np.ndarray:
@@ -163,8 +167,7 @@ def _picture_rows(pictures: dict[str, torch.Tensor], colours: Sequence[tuple[int
                 "prediction": _png(_colour(pictures[f"{stem}/prediction"], colours)),
             }
         )
-    order = {"source": ""}  # the source first, then as the names sort
-    return sorted(rows, key=lambda row: order.get(row["domain"], row["domain"]))
+    return sorted(rows, key=lambda row: (row["domain"] != "source", row["domain"]))
 
 
 def _selection_figures(selection: dict[str, Any]) -> list[dict[str, str]]:
