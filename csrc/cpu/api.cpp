@@ -394,10 +394,35 @@ int32_t ft_sparse_adamw(const ft_adamw_row* rows, int64_t n_rows, const ft_adamw
         static_cast<float>(options->eps),
         static_cast<float>(options->grad_scale),
         static_cast<float>(options->active_threshold),
+        options->compact_grads != 0,
+        options->stochastic != 0,
+        options->seed,
+        static_cast<uint64_t>(options->step),
     };
     const Kernels& k = *current();
     const Chunks chunks(n_rows, kStepChunk, [=](int64_t r) { return rows[r].count; });
     chunks.run(chunks.team(threads, 2 * kStepChunk), [&](const Chunk& c) { k.sparse_adamw(rows[c.row], c.begin, c.end, constants); });
+    return FT_OK;
+  });
+}
+
+int32_t ft_selected_grad_norm(const ft_norm_row* rows, int64_t n_rows, double* norm, int32_t threads) {
+  return guarded([&]() -> int32_t {
+    FT_TRY(check_list(rows, n_rows));
+    if (norm == nullptr) return invalid("norm is NULL");
+    for (int64_t r = 0; r < n_rows; ++r) {
+      const ft_norm_row& row = rows[r];
+      if (row.index != nullptr || row.count != row.numel) FT_TRY(check_index(r, row.index, row.index_dtype, row.count, row.numel));
+      FT_TRY(check_row(r, row.count, row.grad_dtype, {row.grad}));
+    }
+    const Kernels& k = *current();
+    const Chunks chunks(n_rows, kStepChunk, [=](int64_t r) { return rows[r].count; });
+    // One sum per chunk, added in the chunks' order: the same bits on any number of threads.
+    std::vector<double> sums(static_cast<size_t>(chunks.count()));
+    chunks.run(chunks.team(threads, 2 * kStepChunk), [&](const Chunk& c) { sums[c.id] = k.selected_squares(rows[c.row], c.begin, c.end); });
+    double total = 0.0;
+    for (const double sum : sums) total += sum;
+    *norm = std::sqrt(total);
     return FT_OK;
   });
 }

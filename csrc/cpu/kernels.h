@@ -14,6 +14,8 @@ struct SgvbConstants {
 
 struct AdamWConstants {
   float keep1, take1, keep2, take2, decay, step_size, inv_sqrt_bias2, eps, grad_scale, active_threshold;
+  bool compact_grads, stochastic;
+  uint64_t seed, step;
 };
 
 struct ScoreConstants {
@@ -45,6 +47,8 @@ struct Kernels {
   void (*write_marked)(const uint64_t* marks, int64_t n, int64_t base, void* index, int64_t index_dtype);
   // Elements [begin, end) of the row's compact arrays.
   void (*sparse_adamw)(const ft_adamw_row& row, int64_t begin, int64_t end, const AdamWConstants& k);
+  // Sum of the squares of the elements [begin, end) of the row's compact order.
+  double (*selected_squares)(const ft_norm_row& row, int64_t begin, int64_t end);
 };
 
 // Null where the build has no such version.

@@ -23,6 +23,8 @@ namespace FT_ISA {
 
 #include "sparse_adamw.inl"
 
+#include "selected_grad_norm.inl"
+
 static constexpr Kernels table = {FT_ISA_NAME,
                                   squared_grad_accumulate,
                                   gaussian_perturb,
@@ -33,7 +35,8 @@ static constexpr Kernels table = {FT_ISA_NAME,
                                   mark_selected,
                                   unmark_ties,
                                   write_marked,
-                                  sparse_adamw};
+                                  sparse_adamw,
+                                  selected_squares};
 
 }  // namespace FT_ISA
 

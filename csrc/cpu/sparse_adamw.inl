@@ -10,16 +10,21 @@ static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, con
   const Grad* const grad = static_cast<const Grad*>(row.grad);
   const Index* const index = static_cast<const Index*>(row.index);
   const bool from_grad = k.take1 > 0.5f;
+  const bool stochastic = std::is_same_v<Param, bf16> && k.stochastic && row.master == nullptr;
   float p[kGather], g[kGather];
+  uint64_t element[kGather];
+  uint32_t random[kGather];
   for (int64_t i = begin; i < end; i += kGather) {
     const int64_t n = end - i < kGather ? end - i : kGather;
     const Index* const at = index + i;
     const int64_t ahead = row.count - i - kPrefetch < kGather ? row.count - i - kPrefetch : kGather;
-    for (int64_t j = 0; j < ahead; ++j) {
-      __builtin_prefetch(grad + at[kPrefetch + j], 0, 3);
-      __builtin_prefetch(param + at[kPrefetch + j], 1, 3);
+    for (int64_t j = 0; j < ahead; ++j) __builtin_prefetch(param + at[kPrefetch + j], 1, 3);
+    if (k.compact_grads) {
+      for (int64_t j = 0; j < n; ++j) g[j] = widen(grad[i + j]);
+    } else {
+      for (int64_t j = 0; j < ahead; ++j) __builtin_prefetch(grad + at[kPrefetch + j], 0, 3);
+      for (int64_t j = 0; j < n; ++j) g[j] = widen(grad[at[j]]);
     }
-    for (int64_t j = 0; j < n; ++j) g[j] = widen(grad[at[j]]);
     if (row.master == nullptr) {
       for (int64_t j = 0; j < n; ++j) p[j] = widen(param[at[j]]);
     } else {
@@ -36,9 +41,19 @@ static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, con
       second[j] = m2;
       p[j] = p[j] * k.decay - k.step_size * m1 / (__builtin_sqrtf(m2) * k.inv_sqrt_bias2 + k.eps);
     }
+    if (stochastic) {
+      for (int64_t j = 0; j < n; ++j) element[j] = static_cast<uint64_t>(row.offset) + static_cast<uint64_t>(at[j]);
+      rounding_bits(k.seed, k.step, element, n, random);
+    }
     for (int64_t j = 0; j < n; ++j) {
       if (row.score != nullptr && !(row.score[i + j] >= k.active_threshold)) continue;
       if (row.master != nullptr) row.master[i + j] = p[j];
+      if constexpr (std::is_same_v<Param, bf16>) {
+        if (stochastic) {
+          narrow_stochastic(p[j], random[j], param + at[j]);
+          continue;
+        }
+      }
       narrow(p[j], param + at[j]);
     }
   }

@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised with every change a caller compiled or written against an older header would notice. */
-#define FT_ABI_VERSION 1
+#define FT_ABI_VERSION 2
 
 typedef enum { FT_OK = 0, FT_INVALID = 1, FT_OUT_OF_MEMORY = 2 } ft_status;
 typedef enum { FT_FP32 = 0, FT_BF16 = 1, FT_FP16 = 2 } ft_dtype;
@@ -139,8 +139,12 @@ FT_API int32_t ft_compact_count(const ft_compact_row* rows, int64_t n_rows, floa
 FT_API int32_t ft_compact_write(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* plan, int32_t threads);
 
 /* AdamW with decoupled weight decay (torch.optim.AdamW) on the `count` elements at `index` (sorted, unique) of a dense
- * parameter; the moments, scores and master values are compact. Where score < active_threshold the moments move and the
- * parameter does not. Elements not in `index` are never read or written. */
+ * parameter; the moments, scores and master values are compact, and so is the gradient with `compact_grads`. Where score <
+ * active_threshold the moments move and the parameter does not. Elements not in `index` are never read or written.
+ * With `stochastic`, bf16 parameters without a master are rounded up in magnitude with the probability that the 16 bits
+ * dropped stand for: Philox-4x32-10 with key (seed low, seed high) and counter (g/4 low, g/4 high with its top bit set,
+ * step low, step high), the upper half of word g % 4, for the element with global index g = offset + index. Other
+ * parameters round to nearest even. */
 typedef struct {
   void* param;
   const void* grad;
@@ -154,12 +158,26 @@ typedef struct {
   int64_t param_dtype;
   int64_t grad_dtype;
   int64_t index_dtype;
+  int64_t offset; /* global index of the parameter's first element */
 } ft_adamw_row;
 typedef struct {
   double lr, beta1, beta2, eps, weight_decay, grad_scale, active_threshold;
   int64_t step; /* from 1 */
+  int64_t compact_grads, stochastic; /* 0 or 1 */
+  uint64_t seed;
 } ft_adamw;
 FT_API int32_t ft_sparse_adamw(const ft_adamw_row* rows, int64_t n_rows, const ft_adamw* options, int32_t threads);
+
+/* *norm = sqrt of the sum of grad[index]^2 over all rows, added up in fp64: no fp32 value overflows or underflows. */
+typedef struct {
+  const void* grad;
+  const void* index; /* or NULL: every element counts, `count` equals `numel` */
+  int64_t numel;     /* of grad */
+  int64_t count;
+  int64_t grad_dtype;
+  int64_t index_dtype;
+} ft_norm_row;
+FT_API int32_t ft_selected_grad_norm(const ft_norm_row* rows, int64_t n_rows, double* norm, int32_t threads);
 
 /* value[j] = tensor[index[j]] and tensor[index[j]] = value[j], bit patterns of `item_size` 1, 2, 4 or 8 bytes. */
 typedef struct {

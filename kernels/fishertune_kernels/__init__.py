@@ -11,6 +11,7 @@ from .gaussian_perturb import gaussian_perturb
 from .per_sample_squared_grad import per_sample_squared_grad_
 from .precision_update import precision_update_, precision_update_natural_, precision_update_sgvb_
 from .select_threshold import Threshold, key_histogram, select_threshold
+from .selected_grad_norm import selected_grad_norm
 from .sparse_adamw import sparse_adamw_
 from .squared_grad_accumulate import squared_grad_accumulate_
 from .values import gather_values, scatter_values_
@@ -29,6 +30,7 @@ __all__ = [
     "precision_update_sgvb_",
     "scatter_values_",
     "select_threshold",
+    "selected_grad_norm",
     "sparse_adamw_",
     "squared_grad_accumulate_",
 ]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch  # also loads torch's OpenMP runtime, which the library then shares instead of bringing a second one
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """The version of csrc/include/fishertune.h these callers are written against."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -40,6 +40,7 @@ _ARGUMENTS: dict[str, list[type]] = {
     "ft_compact_count": [ctypes.c_float, _POINTER, _POINTER],
     "ft_compact_write": [ctypes.c_float, _POINTER],
     "ft_sparse_adamw": [_POINTER],
+    "ft_selected_grad_norm": [_POINTER],
     "ft_gather_values": [],
     "ft_scatter_values": [],
 }

@@ -53,6 +53,24 @@ def as_list(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(tensors)
 
 
+def as_flat_list(name: str, values: Tensor | Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
+    """Compact values as a list, one tensor per index tensor; a single tensor holds all of them, one after the other.
+
+    Raises:
+        TypeError: if it is neither a tensor nor a sequence of tensors.
+        ValueError: if a single tensor is not 1-D with one value for every index.
+    """
+    if not isinstance(values, Tensor):
+        return as_list(name, values)
+    counts = [index.numel() for index in indices]
+    if values.dim() != 1 or values.numel() != sum(counts):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}; expected ({sum(counts)},), one value for every index of the "
+            f"{len(counts)} tensors in order. Pass the buffer that gather_values filled for these indices."
+        )
+    return list(values.split(counts))
+
+
 def running_offsets(tensors: Sequence[Tensor]) -> list[int]:
     """Global flat index of each tensor's first element when the list is one long vector."""
     offsets, total = [], 0
@@ -704,9 +722,15 @@ def _check_sparse_adamw_(
     step: int,
     active_threshold: float | None,
     grad_scale: float,
+    grad_scale_tensor: Tensor | None = None,
+    compact_grads: bool = False,
+    stochastic: bool = False,
+    seed: int = 0,
+    offsets: Sequence[int] = (),
 ) -> None:
-    _check_shapes("params", params, grads=grads)
-    _check_lengths("params", params, indices=indices)
+    _check_lengths("params", params, grads=grads, indices=indices)
+    if not compact_grads:
+        _check_shapes("params", params, grads=grads)
     if active_threshold is not None and params and not scores:
         raise ValueError(
             f"active_threshold={active_threshold} needs the scores it is compared with. Pass scores=, the selection's "
@@ -719,12 +743,42 @@ def _check_sparse_adamw_(
     _check_tensors("grads", grads, device)
     _check_tensors("indices", indices, device, INDEX_DTYPES)
     state = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-    optional = {name: tensors for name, tensors in (("scores", scores), ("master", master)) if tensors}
+    optional = {
+        name: tensors
+        for name, tensors in (("scores", scores), ("master", master), ("grads", grads if compact_grads else []))
+        if tensors
+    }
     _check_compact(indices, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, **optional)
     _check_tensors("exp_avg", exp_avg, device, (state,), mutated=True)
     _check_tensors("exp_avg_sq", exp_avg_sq, device, (state,), mutated=True)
     _check_tensors("scores", scores, device, (state,))
     _check_tensors("master", master, device, (state,), mutated=True)
+    if grad_scale_tensor is not None:
+        _check_tensors("grad_scale", [grad_scale_tensor], device, (state,))
+        if grad_scale_tensor.numel() != 1:
+            raise ValueError(f"grad_scale has shape {tuple(grad_scale_tensor.shape)}; expected a single number.")
+    if stochastic:
+        _check_lengths("params", params, offsets=offsets)
+        _check_stochastic(params, master)
+
+
+def _check_stochastic(params: list[Tensor], master: list[Tensor]) -> None:
+    for i, param in enumerate(params):
+        if param.dtype == torch.float16:
+            raise TypeError(
+                f"params[{i}] is torch.float16 and rounding is 'stochastic', which is for bfloat16. The bits float16 drops "
+                "vary in number below 6e-5, and it overflows at 65504. Keep a master copy: pass master=."
+            )
+        if param.dtype != torch.bfloat16:
+            raise TypeError(
+                f"params[{i}] is {param.dtype} and rounding is 'stochastic', which is for bfloat16: at this precision "
+                "small updates are kept anyway. Use rounding='nearest'."
+            )
+    if master:
+        raise ValueError(
+            "rounding is 'stochastic' and a master copy is given: the copy keeps what rounding drops, nothing is left to "
+            "chance. Leave one of them out."
+        )
 
 
 def _run_sparse_adamw_(
@@ -743,16 +797,24 @@ def _run_sparse_adamw_(
     step: int,
     active_threshold: float | None,
     grad_scale: float,
+    grad_scale_tensor: Tensor | None = None,
+    compact_grads: bool = False,
+    stochastic: bool = False,
+    seed: int = 0,
+    offsets: Sequence[int] = (),
 ) -> None:
     _check_sparse_adamw_(
         params, grads, indices, exp_avg, exp_avg_sq, scores, master, lr, beta1, beta2, eps, weight_decay, step,
-        active_threshold, grad_scale,
+        active_threshold, grad_scale, grad_scale_tensor, compact_grads, stochastic, seed, offsets,
     )  # fmt: skip
     _check_adam(lr, beta1, beta2, eps, step)
     _check_range("weight_decay", weight_decay, 0, math.inf)
     _check_finite(grad_scale=grad_scale)
     if active_threshold is not None and math.isnan(active_threshold):
         raise ValueError("active_threshold is NaN. Pass None to move every selected element.")
+    if stochastic:
+        check_seed(seed)
+        _check_offsets(offsets)
     if not params:
         return
     _check_indices("params", params, indices)
@@ -770,19 +832,54 @@ def _run_sparse_adamw_(
         step=step,
         scores=_contiguous(scores) if scores else None,
         active_threshold=active_threshold,
-        grad_scale=grad_scale,
+        grad_scale=grad_scale if grad_scale_tensor is None else grad_scale_tensor,
         master=master or None,
+        compact_grads=compact_grads,
+        seed=seed if stochastic else None,
+        offsets=list(offsets) if stochastic else None,
     )
     _mark_written(params, exp_avg, exp_avg_sq, master)
 
 
-# Empty lists stand for absent scores and master copies.
+# Empty lists stand for absent scores and master copies. A scale is a number or a tensor, two arguments in a schema.
 _register(
     "sparse_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avg, "
     "Tensor(c!)[] exp_avg_sq, Tensor[] scores, Tensor(d!)[] master, Scalar lr, Scalar beta1, Scalar beta2, Scalar eps, "
-    "Scalar weight_decay, SymInt step, Scalar? active_threshold, Scalar grad_scale) -> ()",
+    "Scalar weight_decay, SymInt step, Scalar? active_threshold, Scalar grad_scale, Tensor? grad_scale_tensor=None, "
+    "bool compact_grads=False, bool stochastic=False, SymInt seed=0, SymInt[] offsets=[]) -> ()",
     _run_sparse_adamw_,
     _check_sparse_adamw_,
+)
+
+
+# selected_grad_norm ---------------------------------------------------------------------------------------------------
+
+
+def _fake_selected_grad_norm(grads: list[Tensor], indices: list[Tensor] | None) -> Tensor:
+    device = grads[0].device if grads else torch.device("cpu")
+    _check_tensors("grads", grads, device)
+    if indices is not None:
+        _check_lengths("grads", grads, indices=indices)
+        _check_tensors("indices", indices, device, INDEX_DTYPES)
+        _check_compact(indices)
+    wide = any(grad.dtype == torch.float64 for grad in grads)
+    return torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device)
+
+
+def _run_selected_grad_norm(grads: list[Tensor], indices: list[Tensor] | None) -> Tensor:
+    result = _fake_selected_grad_norm(grads, indices)
+    if not grads:
+        return result.zero_()
+    if indices is not None:
+        _check_indices("grads", grads, indices)
+        indices = _contiguous(indices)
+    norm: Tensor = _implementation("selected_grad_norm", grads).selected_grad_norm(_contiguous(grads), indices)
+    return norm
+
+
+# indices None counts every element.
+_register(
+    "selected_grad_norm(Tensor[] grads, Tensor[]? indices) -> Tensor", _run_selected_grad_norm, _fake_selected_grad_norm
 )
 
 
@@ -814,6 +911,32 @@ def _run_gather_values(tensors: list[Tensor], indices: list[Tensor]) -> list[Ten
 
 
 _register("gather_values(Tensor[] tensors, Tensor[] indices) -> Tensor[]", _run_gather_values, _fake_gather_values)
+
+
+def _check_gather_values_into_(out: Tensor, tensors: list[Tensor], indices: list[Tensor]) -> None:
+    _check_lengths("tensors", tensors, indices=indices)
+    _check_tensors("tensors", tensors, out.device, (out.dtype,))
+    _check_tensors("indices", indices, out.device, INDEX_DTYPES)
+    _check_compact(indices)
+    _check_tensors("out", [out], out.device, None, mutated=True)
+    expected = sum(index.numel() for index in indices)
+    if out.dim() != 1 or out.numel() != expected:
+        raise ValueError(f"out has shape {tuple(out.shape)}; expected ({expected},), one value for every index.")
+
+
+def _run_gather_values_into_(out: Tensor, tensors: list[Tensor], indices: list[Tensor]) -> None:
+    _check_gather_values_into_(out, tensors, indices)
+    if tensors:
+        _check_indices("tensors", tensors, indices)
+        _implementation("values", tensors).gather_values_into_(out, _contiguous(tensors), _contiguous(indices))
+        _mark_written([out])
+
+
+_register(
+    "gather_values_into_(Tensor(a!) out, Tensor[] tensors, Tensor[] indices) -> ()",
+    _run_gather_values_into_,
+    _check_gather_values_into_,
+)
 
 
 def _check_scatter_values_(tensors: list[Tensor], indices: list[Tensor], values: list[Tensor]) -> None:
