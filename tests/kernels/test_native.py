@@ -18,6 +18,7 @@ from fishertune_kernels.per_sample_squared_grad import native as per_sample
 from fishertune_kernels.precision_update import native as precision
 from fishertune_kernels.select_threshold import native as threshold
 from fishertune_kernels.select_threshold.search import Threshold
+from fishertune_kernels.selected_grad_norm import native as norms
 from fishertune_kernels.sparse_adamw import native as adamw
 from fishertune_kernels.squared_grad_accumulate import native as squares
 from fishertune_kernels.values import native as values
@@ -411,6 +412,12 @@ def every_operator() -> list[torch.Tensor]:
         m, v = (s[: len(index)].clone() for s in (m, v))
         adamw.sparse_adamw_([param], [x], [index], [m], [v], **ADAMW, step=4)
         out += [param, m, v]
+        out.append(norms.selected_grad_norm([x, a], [index, index]))
+        out.append(norms.selected_grad_norm([x], None))
+        if dtype == torch.bfloat16:
+            adamw.sparse_adamw_([param], [x[index]], [index], [m], [v], **ADAMW, step=5, compact_grads=True, seed=7,
+                                offsets=[2**33 + 1])  # fmt: skip
+            out.append(param)
     return out
 
 
@@ -425,6 +432,29 @@ def test_results_do_not_depend_on_instruction_set_or_threads(isa):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_norms_sum_is_the_same_to_the_last_bit(isa, whole):
+    """In float64, of which the float32 result would hide the last bits."""
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in SIZES]
+    indices = [selections(n, 0.5, torch.int64) for n in SIZES]
+
+    def squares(threads: int) -> float:
+        rows, norm = native.Rows(), ctypes.c_double()
+        for t, i in zip(tensors, indices, strict=True):
+            index, count = (0, t.numel()) if whole else (i.data_ptr(), i.numel())
+            rows.add(t.data_ptr(), index, t.numel(), count, 0, 1)
+        assert native.lib().ft_selected_grad_norm(*rows.arguments, ctypes.addressof(norm), threads) == 0
+        return norm.value
+
+    found = squares(3)
+    chosen = tensors if whole else [t[i] for t, i in zip(tensors, indices, strict=True)]
+    # Sums of positive terms in float64: 256 to a lane of a chunk, then 25 chunks.
+    assert abs(found / float(torch.cat(chosen).double().norm()) - 1) < 300 * 2.0**-53
+    assert squares(1) == found
+    native.set_isa("portable")
+    assert squares(2) == found
 
 
 def test_half_conversions_agree_with_torch_on_every_bit_pattern(isa):
