@@ -19,12 +19,15 @@ namespace FT_ISA {
 
 #include "elementwise.inl"
 
+#include "affine.inl"
+
 #include "selection.inl"
 
 #include "sparse_adamw.inl"
 
 static constexpr Kernels table = {FT_ISA_NAME,
                                   squared_grad_accumulate,
+                                  per_sample_affine,
                                   gaussian_perturb,
                                   precision_update_natural,
                                   precision_update_sgvb,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch  # also loads torch's OpenMP runtime, which the library then shares instead of bringing a second one
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """The version of csrc/include/fishertune.h these callers are written against."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,6 +32,7 @@ _DOUBLE, _INT, _UINT64, _POINTER = ctypes.c_double, ctypes.c_int32, ctypes.c_uin
 # Arguments between (rows, n_rows) and threads.
 _ARGUMENTS: dict[str, list[type]] = {
     "ft_squared_grad_accumulate": [_DOUBLE],
+    "ft_per_sample_affine": [_DOUBLE],
     "ft_gaussian_perturb": [_DOUBLE, _UINT64, _UINT64, _DOUBLE],
     "ft_precision_update_natural": [_DOUBLE, _DOUBLE],
     "ft_precision_update_sgvb": [_POINTER],
