@@ -171,6 +171,38 @@ int32_t ft_squared_grad_accumulate(const ft_square_row* rows, int64_t n_rows, do
   });
 }
 
+int32_t ft_per_sample_affine(const ft_affine_row* rows, int64_t n_rows, double weight, int32_t threads) {
+  return guarded([&]() -> int32_t {
+    FT_TRY(check_list(rows, n_rows));
+    int64_t channels = 0, elements = 0;
+    for (int64_t r = 0; r < n_rows; ++r) {
+      const ft_affine_row& row = rows[r];
+      if (row.samples < 0 || row.tokens < 0 || row.channels < 0) {
+        return invalid("row %lld: %lld samples, %lld tokens, %lld channels; expected 0 or more", static_cast<long long>(r),
+                       static_cast<long long>(row.samples), static_cast<long long>(row.tokens),
+                       static_cast<long long>(row.channels));
+      }
+      const int64_t numel = row.samples * row.tokens * row.channels;
+      FT_TRY(check_row(r, numel, row.dy_dtype, {row.dy}));
+      if (row.weight_accumulator != nullptr) FT_TRY(check_row(r, numel, row.x_dtype, {row.x}));
+      if ((row.mean == nullptr) != (row.rstd == nullptr)) {
+        return invalid("row %lld: one of mean and rstd is NULL; expected both or none", static_cast<long long>(r));
+      }
+      channels += row.channels;
+      elements += numel;
+    }
+    const Kernels& k = *current();
+    // Every channel is summed by one thread, in one order; how they are cut changes no bit. Whole cache lines go together.
+    const int64_t share = (channels / thread_count(threads) + 63) / 64 * 64;
+    const int64_t chunk = std::min(std::max<int64_t>(share, 64), kAffineChannels);
+    const Chunks chunks(n_rows, chunk, [=](int64_t r) { return rows[r].channels; });
+    chunks.run(elements < (int64_t{1} << 15) ? 1 : chunks.team(threads, 0), [&](const Chunk& c) {
+      k.per_sample_affine(rows[c.row], c.begin, c.end - c.begin, static_cast<float>(weight));
+    });
+    return FT_OK;
+  });
+}
+
 int32_t ft_gaussian_perturb(const ft_perturb_row* rows, int64_t n_rows, double prior_precision, uint64_t seed, uint64_t step,
                             double sign, int32_t threads) {
   return guarded([&]() -> int32_t {

@@ -26,9 +26,14 @@ struct ScoreConstants {
 // Histogram counters are 32 bits wide and replicated, so that equal neighbours do not wait for each other's store.
 constexpr int kReplicas = 4;
 
+// Sums of this many channels fit the first-level cache.
+constexpr int64_t kAffineChannels = 512;
+
 struct Kernels {
   const char* name;
   void (*squared_grad_accumulate)(float* accumulator, const void* grad, int64_t dtype, int64_t n, float weight);
+  // Channels [first, first + count) of the row; count is at most kAffineChannels.
+  void (*per_sample_affine)(const ft_affine_row& row, int64_t first, int64_t count, float weight);
   void (*gaussian_perturb)(const void* param, const float* excess, void* out, int64_t dtype, int64_t n, float prior_precision,
                            float sign, uint64_t seed, uint64_t step, uint64_t first_index);
   void (*precision_update_natural)(float* excess, const void* squared_grad, int64_t dtype, int64_t n, float keep, float take);

@@ -19,6 +19,8 @@ namespace FT_ISA {
 
 #include "elementwise.inl"
 
+#include "affine.inl"
+
 #include "selection.inl"
 
 #include "sparse_adamw.inl"
@@ -27,6 +29,7 @@ namespace FT_ISA {
 
 static constexpr Kernels table = {FT_ISA_NAME,
                                   squared_grad_accumulate,
+                                  per_sample_affine,
                                   gaussian_perturb,
                                   precision_update_natural,
                                   precision_update_sgvb,

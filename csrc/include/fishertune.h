@@ -51,6 +51,24 @@ typedef struct {
 } ft_square_row;
 FT_API int32_t ft_squared_grad_accumulate(const ft_square_row* rows, int64_t n_rows, double weight, int32_t threads);
 
+/* weight_accumulator[c] += weight * sum_n (sum_t dy[n,t,c] * (x[n,t,c] - mean[n,t]) * rstd[n,t])^2
+ * bias_accumulator[c]   += weight * sum_n (sum_t dy[n,t,c])^2
+ * Sums over t run in blocks of 64 terms, so that their error does not grow with the whole of `tokens`. */
+typedef struct {
+  float* weight_accumulator; /* or NULL */
+  float* bias_accumulator;   /* or NULL */
+  const void* x;             /* needed with weight_accumulator only */
+  const void* dy;
+  const float* mean; /* NULL together with rstd: x is taken as it is */
+  const float* rstd;
+  int64_t samples;
+  int64_t tokens;
+  int64_t channels;
+  int64_t x_dtype;
+  int64_t dy_dtype;
+} ft_affine_row;
+FT_API int32_t ft_per_sample_affine(const ft_affine_row* rows, int64_t n_rows, double weight, int32_t threads);
+
 /* out = param + sign * (excess + prior_precision)^(-1/2) * eps, eps ~ N(0, 1) a function of (seed, step, offset + i) only:
  * Philox-4x32-10 with key (seed low, seed high) and counter (g/4 low, g/4 high, step low, step high), lane g % 4 of the
  * element with global index g; outputs become uniforms ((r >> 8) + 0.5) * 2^-24 and normals by Box-Muller. */

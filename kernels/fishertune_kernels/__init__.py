@@ -8,6 +8,7 @@ function). ``ops.py`` registers and checks them, ``dispatch.py`` chooses the imp
 from .compact import compact
 from .dr_fim_score import dr_fim_score, dr_fim_score_
 from .gaussian_perturb import gaussian_perturb
+from .per_sample_affine_squared_grad import per_sample_affine_squared_grad_
 from .per_sample_squared_grad import per_sample_squared_grad_
 from .precision_update import precision_update_, precision_update_natural_, precision_update_sgvb_
 from .select_threshold import Threshold, key_histogram, select_threshold
@@ -24,6 +25,7 @@ __all__ = [
     "gather_values",
     "gaussian_perturb",
     "key_histogram",
+    "per_sample_affine_squared_grad_",
     "per_sample_squared_grad_",
     "precision_update_",
     "precision_update_natural_",

@@ -32,6 +32,7 @@ _DOUBLE, _INT, _UINT64, _POINTER = ctypes.c_double, ctypes.c_int32, ctypes.c_uin
 # Arguments between (rows, n_rows) and threads.
 _ARGUMENTS: dict[str, list[type]] = {
     "ft_squared_grad_accumulate": [_DOUBLE],
+    "ft_per_sample_affine": [_DOUBLE],
     "ft_gaussian_perturb": [_DOUBLE, _UINT64, _UINT64, _DOUBLE],
     "ft_precision_update_natural": [_DOUBLE, _DOUBLE],
     "ft_precision_update_sgvb": [_POINTER],

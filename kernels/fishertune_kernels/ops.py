@@ -301,6 +301,90 @@ _register(
 )
 
 
+# per_sample_affine_squared_grad_ --------------------------------------------------------------------------------------
+
+
+def _check_per_sample_affine_squared_grad_(
+    weight_accumulator_C: Tensor | None,
+    bias_accumulator_C: Tensor | None,
+    x_NTC: Tensor | None,
+    dy_NTC: Tensor,
+    weight: float = 1.0,
+    mean_NT: Tensor | None = None,
+    rstd_NT: Tensor | None = None,
+) -> None:
+    device = dy_NTC.device
+    _check_tensors("dy_NTC", [dy_NTC], device)
+    if dy_NTC.dim() != 3:
+        raise ValueError(
+            f"dy_NTC has shape {tuple(dy_NTC.shape)}; expected (samples, tokens, channels). Without a token axis pass "
+            "dy_NTC.unsqueeze(1); merge several token axes with .flatten(1, -2)."
+        )
+    accumulators = {"weight_accumulator_C": weight_accumulator_C, "bias_accumulator_C": bias_accumulator_C}
+    given = {name: tensor for name, tensor in accumulators.items() if tensor is not None}
+    if not given:
+        raise ValueError("weight_accumulator_C and bias_accumulator_C are both None; pass the one to be updated.")
+    for name, tensor in given.items():
+        _check_tensors(name, [tensor], device, STATE_DTYPES, mutated=True)
+        if tuple(tensor.shape) != tuple(dy_NTC.shape[2:]):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(dy_NTC.shape[2:])} from dy_NTC, one value a "
+                "channel. Pass .view(-1) of a parameter with more dimensions."
+            )
+    if len({tensor.dtype for tensor in given.values()}) > 1:
+        raise TypeError("weight_accumulator_C and bias_accumulator_C differ in dtype. Use one for both.")
+    if (weight_accumulator_C is None) != (x_NTC is None):
+        raise ValueError(
+            "x_NTC and weight_accumulator_C belong together: the gradient of a weight is Σ dY·x, that of a bias needs "
+            "no x. Pass both or neither."
+        )
+    if (mean_NT is None) != (rstd_NT is None) or (mean_NT is not None and x_NTC is None):
+        raise ValueError("mean_NT and rstd_NT normalise x_NTC together. Pass both with x_NTC, or neither.")
+    if x_NTC is not None:
+        _check_tensors("x_NTC", [x_NTC], device)
+        _check_shapes("dy_NTC", [dy_NTC], x_NTC=[x_NTC])
+    for name, statistic in {"mean_NT": mean_NT, "rstd_NT": rstd_NT}.items():
+        if statistic is not None:
+            _check_tensors(name, [statistic], device)
+            if tuple(statistic.shape) != tuple(dy_NTC.shape[:2]):
+                raise ValueError(
+                    f"{name} has shape {tuple(statistic.shape)}; expected {tuple(dy_NTC.shape[:2])} from dy_NTC, one "
+                    "value a token. Pass .reshape(dy_NTC.shape[:2])."
+                )
+
+
+def _run_per_sample_affine_squared_grad_(
+    weight_accumulator_C: Tensor | None,
+    bias_accumulator_C: Tensor | None,
+    x_NTC: Tensor | None,
+    dy_NTC: Tensor,
+    weight: float = 1.0,
+    mean_NT: Tensor | None = None,
+    rstd_NT: Tensor | None = None,
+) -> None:
+    _check_per_sample_affine_squared_grad_(
+        weight_accumulator_C, bias_accumulator_C, x_NTC, dy_NTC, weight, mean_NT, rstd_NT
+    )
+    _check_finite(weight=weight)
+    written = [tensor for tensor in (weight_accumulator_C, bias_accumulator_C) if tensor is not None]
+    read = [None if tensor is None else tensor.contiguous() for tensor in (x_NTC, mean_NT, rstd_NT)]
+    module = _implementation(
+        "per_sample_affine_squared_grad", written, [dy_NTC], [tensor for tensor in read if tensor is not None]
+    )
+    module.per_sample_affine_squared_grad_(
+        weight_accumulator_C, bias_accumulator_C, read[0], dy_NTC.contiguous(), weight, read[1], read[2]
+    )
+    _mark_written(written)
+
+
+_register(
+    "per_sample_affine_squared_grad_(Tensor(a!)? weight_accumulator_C, Tensor(b!)? bias_accumulator_C, Tensor? x_NTC, "
+    "Tensor dy_NTC, Scalar weight=1.0, Tensor? mean_NT=None, Tensor? rstd_NT=None) -> ()",
+    _run_per_sample_affine_squared_grad_,
+    _check_per_sample_affine_squared_grad_,
+)
+
+
 # gaussian_perturb -----------------------------------------------------------------------------------------------------
 
 

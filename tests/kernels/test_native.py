@@ -14,6 +14,7 @@ from fishertune_kernels import native, select_threshold
 from fishertune_kernels.compact import native as compaction
 from fishertune_kernels.dr_fim_score import native as scoring
 from fishertune_kernels.gaussian_perturb import native as perturbing
+from fishertune_kernels.per_sample_affine_squared_grad import native as affine
 from fishertune_kernels.per_sample_squared_grad import native as per_sample
 from fishertune_kernels.precision_update import native as precision
 from fishertune_kernels.select_threshold import native as threshold
@@ -112,6 +113,32 @@ def test_per_sample_squares(isa, monkeypatch, dtype, shape):
     assert ((weight_sum - expected).abs() <= 2 * t * ULP * scale).all()
     bias_scale = dy.double().abs().sum(1).square().sum(0) + 1
     assert ((bias_sum - expected_bias).abs() <= 2 * t * ULP * bias_scale).all()
+
+
+@pytest.mark.parametrize("dtypes", [*itertools.product(DTYPES, DTYPES)])
+@pytest.mark.parametrize("shape", [(3, 130, 70), (1, 1, 1), (2, 64, 513), (2, 65, 1100)])
+def test_per_sample_affine_squares(isa, threads, dtypes, shape):
+    """Around the 64 tokens of a partial sum, the 512 channels of a chunk, and shares of three threads."""
+    n, t, c = shape
+    generator = torch.Generator().manual_seed(2)
+    x, dy = (torch.randn(shape, generator=generator).to(dtype) for dtype in dtypes)
+    mean, rstd = (torch.rand(n, t, generator=generator) for _ in range(2))
+    sums = [torch.rand(c), torch.rand(c)]
+    normalised = (x.double() - mean[..., None].double()) * rstd[..., None].double()
+    terms = [dy.double() * normalised, dy.double()]
+    expected = [s.double() + 0.5 * term.sum(1).square().sum(0) for s, term in zip(sums, terms, strict=True)]
+    affine.per_sample_affine_squared_grad_(*sums, x, dy, 0.5, mean, rstd)
+    # Three roundings in a term and at most t in a sum, each half a spacing of the sizes added; the square doubles them.
+    for actual, wanted, term in zip(sums, expected, terms, strict=True):
+        assert ((actual - wanted).abs() <= (t + 4) * ULP * (term.abs().sum(1).square().sum(0) + 1)).all()
+
+
+def test_per_sample_affine_sums_of_many_tokens_stay_accurate(isa):
+    """One running sum of 2²⁰ tenths is off by 4 %; 2¹⁴ partial sums of 64 by at most 2¹⁴ half spacings, 5e-4."""
+    tokens, total = 1 << 20, torch.zeros(1)
+    affine.per_sample_affine_squared_grad_(None, total, None, torch.full((1, tokens, 1), 0.1))
+    exact = (tokens * torch.tensor(0.1).double()) ** 2
+    assert abs(total.double() - exact) / exact < 2 * 5e-4  # of the square
 
 
 def test_per_sample_squares_ignore_autocast():
@@ -404,6 +431,9 @@ def every_operator() -> list[torch.Tensor]:
     for dtype in DTYPES:
         x, state, m, v = a.to(dtype), b.square(), c * 0.1, c.square()
         squares.squared_grad_accumulate_([state], [x], 0.3)
+        tokens, channels = x.view(3, 20, 1100), [torch.zeros(1100), torch.zeros(1100)]
+        affine.per_sample_affine_squared_grad_(*channels, tokens, tokens, 0.5)
+        out += channels
         out += perturbing.gaussian_perturb([x], [state], 0.5, 1, 2, [5])
         precision.precision_update_natural_([state], [x.square()], 0.1, 0.2)
         precision.precision_update_sgvb_([state], [x], [m], [v], 0.1, (0.9, 0.99), 1e-8, 0.5, 1.0, 1, 2, 3, [5])

@@ -36,6 +36,15 @@ def sample_arguments(operator: str) -> tuple:
             1.0,
             torch.zeros(4),
         ),
+        "per_sample_affine_squared_grad_": (
+            torch.zeros(3),
+            torch.zeros(3),
+            torch.randn(2, 5, 3, generator=g),
+            torch.randn(2, 5, 3, generator=g).bfloat16(),
+            0.5,
+            torch.rand(2, 5, generator=g),
+            torch.rand(2, 5, generator=g),
+        ),
         "gaussian_perturb": (half, state, 0.5, 7, 2, [0, 12], 1.0),
         "precision_update_natural_": (state, more, 0.1, 0.5),
         "precision_update_sgvb_": (
@@ -215,7 +224,7 @@ def test_changing_hyper_parameters_do_not_recompile(backend: str) -> None:
 def test_empty_lists_and_inference_tensors(backend: str, operator: str) -> None:
     with torch.inference_mode():
         getattr(torch.ops.fishertune, operator).default(*sample_arguments(operator))
-    if operator in ("per_sample_squared_grad_", "key_histogram", "select_threshold"):
+    if operator in ("per_sample_squared_grad_", "per_sample_affine_squared_grad_", "key_histogram", "select_threshold"):
         return
     if operator == "selected_grad_norm":
         assert fk.selected_grad_norm([], []) == fk.selected_grad_norm([]) == 0
@@ -270,6 +279,14 @@ def per_sample(**changes: object) -> Callable[[], None]:
     return lambda: fk.per_sample_squared_grad_(**arguments)
 
 
+def affine(**changes: object) -> Callable[[], None]:
+    arguments: dict = {
+        "weight_accumulator_C": torch.zeros(3), "bias_accumulator_C": torch.zeros(3), "x_NTC": torch.ones(2, 5, 3),
+        "dy_NTC": torch.ones(2, 5, 3), **changes,
+    }  # fmt: skip
+    return lambda: fk.per_sample_affine_squared_grad_(**arguments)
+
+
 REFUSALS = {
     "generator": (lambda: fk.squared_grad_accumulate_(iter([]), []), TypeError, r"list_iterator.*list\(g\)"),
     "no gradient": (
@@ -321,6 +338,32 @@ REFUSALS = {
     "other tokens": (per_sample(x_NTI=torch.ones(2, 6, 3)), ValueError, r"samples and tokens must agree"),
     "other layer": (per_sample(accumulator_OI=torch.zeros(3, 4)), ValueError, r"expected \(4, 3\)"),
     "other bias": (per_sample(bias_accumulator_O=torch.zeros(3)), ValueError, r"expected \(4,\)"),
+    "affine without tokens": (affine(dy_NTC=torch.ones(2, 3)), ValueError, r"dy_NTC has shape \(2, 3\).*unsqueeze"),
+    "no affine accumulator": (
+        affine(weight_accumulator_C=None, bias_accumulator_C=None, x_NTC=None),
+        ValueError,
+        r"both None",
+    ),
+    "affine of another width": (
+        affine(bias_accumulator_C=torch.zeros(1, 3)),
+        ValueError,
+        r"bias_accumulator_C has shape \(1, 3\); expected \(3,\)",
+    ),
+    "half affine accumulator": (
+        affine(weight_accumulator_C=torch.zeros(3).half()),
+        TypeError,
+        r"weight_accumulator_C\[0\] is torch.float16",
+    ),
+    "two affine precisions": (affine(bias_accumulator_C=torch.zeros(3).double()), TypeError, r"differ in dtype"),
+    "weight without input": (affine(x_NTC=None), ValueError, r"belong together"),
+    "input without weight": (affine(weight_accumulator_C=None), ValueError, r"belong together"),
+    "mean alone": (affine(mean_NT=torch.zeros(2, 5)), ValueError, r"Pass both with x_NTC, or neither"),
+    "other input": (affine(x_NTC=torch.ones(2, 4, 3)), ValueError, r"x_NTC\[0\] has shape \(2, 4, 3\)"),
+    "statistics with a channel axis": (
+        affine(mean_NT=torch.zeros(2, 5), rstd_NT=torch.zeros(2, 5, 1)),
+        ValueError,
+        r"rstd_NT has shape \(2, 5, 1\); expected \(2, 5\)",
+    ),
     "flat prior": (perturb(prior_precision=0.0), ValueError, r"prior_precision=0.0.*above 0"),
     "seed": (perturb(seed=-1), ValueError, r"seed=-1 is out of range.*2\*\*63"),
     "large seed": (perturb(seed=2**63), ValueError, r"seed=9223372036854775808"),

@@ -141,6 +141,57 @@ def test_per_sample_squared_grad_equals_vmap(backend: str, dtype: torch.dtype, g
     torch.testing.assert_close(accumulator_O.double(), expected_O + 1, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["layer norm", "scale", "bias", "position"])
+def test_per_sample_affine_squared_grad_equals_vmap(
+    backend: str, kind: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    n, t, c = 3, 70, 6
+    x, dy = (torch.randn(n, t, c, generator=generator).to(dtype) for _ in range(2))
+    if kind == "position":
+        c = t * c
+
+    def loss(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+        y = {
+            "layer norm": lambda: torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, 1e-5),
+            "scale": lambda: x * weight,
+            "bias": lambda: x + bias,
+            "position": lambda: x + bias.view_as(x),
+        }[kind]()
+        return (y * dy).sum()
+
+    weight, bias = torch.ones(c if kind != "position" else 1, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
+    grads = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(None, None, 0, 0))
+    expected = [grad.square().sum(0) / n + 1 for grad in grads(weight, bias, x.double(), dy.double())]
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    weight_sum, bias_sum = torch.ones(len(weight), dtype=state), torch.ones(c, dtype=state)
+    # Not the framework's statistics of x, which it may round to half precision.
+    mean = x.to(state).mean(-1)
+    rstd = (x.to(state).var(-1, correction=0) + 1e-5).rsqrt()
+    fk.per_sample_affine_squared_grad_(
+        weight_sum if kind in ("layer norm", "scale") else None,
+        bias_sum if kind != "scale" else None,
+        x if kind in ("layer norm", "scale") else None,
+        dy.reshape(n, 1, c) if kind == "position" else dy,
+        1 / n,
+        *((mean, rstd) if kind == "layer norm" else ()),
+    )
+    # A sum of t products |dY·x̂| < 16, twelve standard deviations of each, is off by t/2·EPS of the sum of their sizes
+    # (t in all), x̂ by four roundings of its own; the square doubles that and multiplies by the sum, here below 60.
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if state == torch.float64 else {"rtol": 0, "atol": 2 * 60 * 40 * t * EPS}
+    if kind in ("layer norm", "scale"):
+        torch.testing.assert_close(weight_sum.double(), expected[0], **tolerance)
+    if kind != "scale":
+        torch.testing.assert_close(bias_sum.double(), expected[1], **tolerance)
+
+
+def test_per_sample_affine_squared_grad_of_nothing(backend: str) -> None:
+    for shape in ((0, 4, 3), (2, 0, 3), (2, 4, 0)):
+        weight_sum, bias_sum = torch.ones(shape[2]), torch.ones(shape[2])
+        fk.per_sample_affine_squared_grad_(weight_sum, bias_sum, torch.empty(shape), torch.empty(shape))
+        assert bool((weight_sum == 1).all()) and bool((bias_sum == 1).all())
+
+
 def test_per_sample_squared_grad_of_nothing(backend: str) -> None:
     accumulator = torch.ones(3, 2)
     fk.per_sample_squared_grad_(accumulator, torch.empty(0, 4, 2), torch.empty(0, 4, 3))
