@@ -35,9 +35,10 @@ static constexpr Kernels table = {FT_ISA_NAME,
                                   precision_update_sgvb,
                                   dr_fim_score,
                                   key_histogram,
-                                  mark_selected,
-                                  unmark_ties,
-                                  write_marked,
+                                  sample_scores,
+                                  collect_bracket,
+                                  compact,
+                                  drop_ties,
                                   sparse_adamw,
                                   selected_squares};
 

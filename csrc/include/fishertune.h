@@ -112,22 +112,6 @@ typedef struct {
 } ft_sgvb;
 FT_API int32_t ft_precision_update_sgvb(const ft_sgvb_row* rows, int64_t n_rows, const ft_sgvb* options, int32_t threads);
 
-/* score += (new - score) / count, new being, with F = fisher and F' = shifted (excesses for FT_DR_FIM_VARIATIONAL):
- *   FT_F                   F                                    FT_DELTA_F   |F - F'| / (min(F, F') + eps)
- *   FT_DR_FIM              F + c * delta_f
- *   FT_DR_FIM_VARIATIONAL  gamma * (F + c * |F - F'| / (min(F, F') + prior_precision + eps / gamma))
- * count 1 stores the new score and reads nothing. shifted may be NULL for FT_F. */
-typedef enum { FT_F = 0, FT_DELTA_F = 1, FT_DR_FIM = 2, FT_DR_FIM_VARIATIONAL = 3 } ft_score_kind;
-typedef struct {
-  float* score;
-  const void* fisher;
-  const void* shifted;
-  int64_t numel;
-  int64_t dtype; /* of fisher and shifted */
-} ft_score_row;
-FT_API int32_t ft_dr_fim_score(const ft_score_row* rows, int64_t n_rows, int32_t kind, double c, double gamma,
-                               double prior_precision, double eps, int64_t count, int32_t threads);
-
 /* A score's key is its fp32 bit pattern mapped to an unsigned integer of the same order, -0 counted as +0.
  * histogram[b] += number of elements with (key & prefix_mask) == prefix and ((key >> shift) & (2^bits - 1)) == b;
  * histogram[2^bits] += number of NaN, which are in no other bin. 1 <= bits <= 16. */
@@ -139,22 +123,53 @@ typedef struct {
 FT_API int32_t ft_key_histogram(const ft_scores* rows, int64_t n_rows, int32_t shift, int32_t bits, uint32_t prefix_mask,
                                 uint32_t prefix, int64_t* histogram, int32_t threads);
 
-/* Selection to indices, in two calls. ft_compact_count fills, for each tensor, the number of scores above `value` plus the
- * smaller of its quota and its ties with `value`; `plan` (ft_compact_plan_size int64 values, 1/32 of the bytes of fp32
- * scores) carries a bit per score to ft_compact_write, which writes the sorted flat indices without another read. The scores must not change in between.
- * Ties are kept from the lowest index up. NaN is never selected. */
+/* One score from each run of `stride` elements of each tensor, NaN where the last, shorter run has none: `sample` takes
+ * ceil(numel / stride) values a tensor, tensor after tensor. Number i of these is element
+ * (i * 2654435769 mod 2^32) * stride / 2^32 of its run. */
+FT_API int32_t ft_sample_scores(const ft_scores* rows, int64_t n_rows, int64_t stride, float* sample, int32_t threads);
+
+/* What a bracket of keys holds, in one read. counts[3 r ...] = number of scores of tensor r with keys above `high`, with keys
+ * in [low, high], and of NaN, which are neither; `candidates` takes tensor number * 2^32 + key of each score inside, in any
+ * order, unless there are more than `capacity`: then its content is undefined, and the counts are right. */
+typedef struct {
+  int64_t low, high; /* 0 <= low <= high < 2^32 */
+  int64_t capacity;
+  int64_t* counts;
+  int64_t* candidates;
+} ft_bracket;
+FT_API int32_t ft_collect_bracket(const ft_scores* rows, int64_t n_rows, const ft_bracket* bracket, int32_t threads);
+
+/* score += (new - score) / count, new being, with F = fisher and F' = shifted (excesses for FT_DR_FIM_VARIATIONAL):
+ *   FT_F                   F                                    FT_DELTA_F   |F - F'| / (min(F, F') + eps)
+ *   FT_DR_FIM              F + c * delta_f
+ *   FT_DR_FIM_VARIATIONAL  gamma * (F + c * |F - F'| / (min(F, F') + prior_precision + eps / gamma))
+ * count 1 stores the new score and reads nothing. shifted may be NULL for FT_F. With a bracket, ft_collect_bracket of the new
+ * scores comes from the same pass; it may be NULL. */
+typedef enum { FT_F = 0, FT_DELTA_F = 1, FT_DR_FIM = 2, FT_DR_FIM_VARIATIONAL = 3 } ft_score_kind;
+typedef struct {
+  float* score;
+  const void* fisher;
+  const void* shifted;
+  int64_t numel;
+  int64_t dtype; /* of fisher and shifted */
+} ft_score_row;
+FT_API int32_t ft_dr_fim_score(const ft_score_row* rows, int64_t n_rows, int32_t kind, double c, double gamma,
+                               double prior_precision, double eps, int64_t count, const ft_bracket* bracket,
+                               int32_t threads);
+
+/* Sorted flat indices of the scores above `value` and of the first `ties` equal to it, for each tensor, in one read. `count`
+ * of them are expected; selected[r] tells how many there are. A row with another number has undefined content, within its
+ * `count`. NaN is never selected. */
 typedef struct {
   const void* score;
   int64_t numel;
   int64_t dtype;
-  int64_t ties; /* quota of elements equal to `value` */
-  void* index;  /* output of ft_compact_write; its length is the count of ft_compact_count */
+  int64_t ties;
+  void* index;
   int64_t index_dtype;
+  int64_t count; /* entries that `index` has room for */
 } ft_compact_row;
-FT_API int64_t ft_compact_plan_size(const ft_compact_row* rows, int64_t n_rows);
-FT_API int32_t ft_compact_count(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* plan, int64_t* counts,
-                                int32_t threads);
-FT_API int32_t ft_compact_write(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* plan, int32_t threads);
+FT_API int32_t ft_compact(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* selected, int32_t threads);
 
 /* AdamW with decoupled weight decay (torch.optim.AdamW) on the `count` elements at `index` (sorted, unique) of a dense
  * parameter; the moments, scores and master values are compact, and so is the gradient with `compact_grads`. Where score <

@@ -601,6 +601,11 @@ def _check_score_values(c: float, gamma: float, prior_precision: float, eps: flo
     _check_range("eps", eps, 0, math.inf)
 
 
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"count={count} is out of range: pass 1 for the first score, then 2, 3, …")
+
+
 def _run_dr_fim_score(
     fisher: list[Tensor],
     shifted: list[Tensor],
@@ -659,8 +664,7 @@ def _run_dr_fim_score_(
 ) -> None:
     _check_dr_fim_score_(scores, fisher, shifted, count, kind, c)
     _check_score_values(c, gamma, prior_precision, eps)
-    if count < 1:
-        raise ValueError(f"count={count} is out of range: pass 1 for the first score, then 2, 3, …")
+    _check_count(count)
     if scores:
         module = _implementation("dr_fim_score", scores, fisher, shifted)
         module.dr_fim_score_(
@@ -677,7 +681,7 @@ _register(
 )
 
 
-# key_histogram, select_threshold, compact -----------------------------------------------------------------------------
+# key_histogram, collect_bracket, select_threshold, compact --------------------------------------------------------------------
 
 
 def check_scores(scores: list[Tensor]) -> None:
@@ -691,7 +695,7 @@ def check_scores(scores: list[Tensor]) -> None:
 
 
 def checked_search(scores: list[Tensor], k: int, group: dist.ProcessGroup | None = None) -> Threshold:
-    """The k-th largest score; a pass over the scores is one call of ``key_histogram``.
+    """The k-th largest score; a pass over the scores is a call of ``collect_bracket`` or ``key_histogram``.
 
     Raises:
         TypeError, ValueError: as :func:`fishertune_kernels.select_threshold`.
@@ -699,9 +703,13 @@ def checked_search(scores: list[Tensor], k: int, group: dist.ProcessGroup | None
     from .select_threshold.search import search  # its package imports this module
 
     check_scores(scores)
+    _check_k(k)
+    return search(_contiguous(scores), k, group)
+
+
+def _check_k(k: int) -> None:
     if k < 0:
         raise ValueError(f"k={k} is negative. Choose k between 0 and the number of scores.")
-    return search(_contiguous(scores), k, group)
 
 
 def _check_key_histogram(scores: list[Tensor], shift: int, bits: int, prefix_mask: int, prefix: int) -> Tensor:
@@ -732,58 +740,180 @@ _register(
 )
 
 
+def _check_collect_bracket(scores: list[Tensor], low: int, high: int, capacity: int) -> None:
+    check_scores(scores)
+    if not scores:
+        raise ValueError("scores is an empty list; there is no device to count on. Pass at least one tensor.")
+    for i, tensor in enumerate(scores):
+        if tensor.dtype == torch.float64:
+            raise TypeError(f"scores[{i}] is torch.float64; brackets are of 32-bit keys. Use .float() or key_histogram.")
+    if not 0 <= low <= high < 1 << 32:
+        raise ValueError(f"low={low}, high={high}: expected 0 ≤ low ≤ high < 2**32, keys of float32 scores.")
+    if capacity < 0:
+        raise ValueError(f"capacity={capacity} is negative. Pass how many candidates to return at most.")
+
+
+def _run_collect_bracket(scores: list[Tensor], low: int, high: int, capacity: int) -> tuple[Tensor, Tensor]:
+    _check_collect_bracket(scores, low, high, capacity)
+    module = _implementation("select_threshold", scores)
+    counts_L3, candidates = module.collect_bracket(_contiguous(scores), low, high, capacity)
+    return counts_L3, candidates
+
+
+def _fake_collect_bracket(scores: list[Tensor], low: int, high: int, capacity: int) -> tuple[Tensor, Tensor]:
+    _check_collect_bracket(scores, low, high, capacity)
+    found = torch.library.get_ctx().new_dynamic_size()
+    device = scores[0].device
+    return (
+        torch.empty(len(scores), 3, dtype=torch.int64, device=device),
+        torch.empty(found, dtype=torch.int64, device=device),
+    )
+
+
+_register(
+    "collect_bracket(Tensor[] scores, int low, int high, int capacity) -> (Tensor, Tensor)",
+    _run_collect_bracket,
+    _fake_collect_bracket,
+)
+
+
+def _as_tensors(threshold: Threshold) -> tuple[Tensor, Tensor]:
+    """Two tensors on the CPU, where their numbers are needed: the value, and (greater, ties kept) of each tensor."""
+    counts = [threshold.greater_per_tensor, threshold.ties_kept_per_tensor]
+    return torch.tensor(threshold.value, dtype=torch.float64), torch.tensor(counts, dtype=torch.int64)
+
+
 def _run_select_threshold(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    value, n_greater, _, ties_kept = checked_search(scores, k)
-    return torch.tensor(value, dtype=torch.float64), torch.tensor([n_greater, *ties_kept], dtype=torch.int64)
+    return _as_tensors(checked_search(scores, k))
 
 
 def _fake_select_threshold(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     check_scores(scores)
-    return torch.empty((), dtype=torch.float64), torch.empty(1 + len(scores), dtype=torch.int64)
+    return torch.empty((), dtype=torch.float64), torch.empty(2, len(scores), dtype=torch.int64)
 
 
-# Two tensors on the CPU, where their numbers are needed: the value, and [n_greater, ties kept per tensor…].
 _register(
     "select_threshold(Tensor[] scores, SymInt k) -> (Tensor, Tensor)", _run_select_threshold, _fake_select_threshold
 )
 
 
-def _run_compact(scores: list[Tensor], value: float, n_greater: int, ties_kept: list[int]) -> list[Tensor]:
+def _check_compact_counts(scores: list[Tensor], greater: Sequence[int], ties_kept: Sequence[int]) -> None:
+    check_scores(scores)
+    counts = {"threshold.greater_per_tensor": greater, "threshold.ties_kept_per_tensor": ties_kept}
+    _check_lengths("scores", scores, **counts)
+
+
+def _run_compact(scores: list[Tensor], value: float, greater: list[int], ties_kept: list[int]) -> list[Tensor]:
     from .select_threshold.search import Threshold
 
-    check_scores(scores)
-    _check_lengths("scores", scores, **{"threshold.ties_kept_per_tensor": ties_kept})
+    _check_compact_counts(scores, greater, ties_kept)
+    for i, tensor in enumerate(scores):
+        if greater[i] < 0 or ties_kept[i] < 0 or greater[i] + ties_kept[i] > tensor.numel():
+            raise ValueError(
+                f"The threshold selects {greater[i]} + {ties_kept[i]} elements of scores[{i}], which has "
+                f"{tensor.numel()}: they are not the scores it was found for. Call select_threshold again."
+            )
     if not scores:
         return []
-    threshold = Threshold(value, n_greater, sum(ties_kept), tuple(ties_kept))
+    threshold = Threshold(value, tuple(greater), tuple(ties_kept))
     indices: list[Tensor] = _implementation("compact", scores).compact(_contiguous(scores), threshold)
-    found, expected = sum(index.numel() for index in indices), n_greater + threshold.n_ties_kept
-    if found != expected:
-        raise ValueError(
-            f"The threshold stands for {expected} elements but the scores hold {found}: they are not the scores it was "
-            "found for. Call select_threshold again."
-        )
+    threshold.require([index.numel() for index in indices])
     return indices
 
 
-def _fake_compact(scores: list[Tensor], value: float, n_greater: int, ties_kept: list[int]) -> list[Tensor]:
-    check_scores(scores)
-    _check_lengths("scores", scores, **{"threshold.ties_kept_per_tensor": ties_kept})
-    context = torch.library.get_ctx()
+def _fake_compact(scores: list[Tensor], value: float, greater: list[int], ties_kept: list[int]) -> list[Tensor]:
+    _check_compact_counts(scores, greater, ties_kept)
     return [
         torch.empty(
-            context.new_dynamic_size(),
-            dtype=torch.int32 if tensor.numel() <= 2**31 else torch.int64,
-            device=tensor.device,
+            above + ties, dtype=torch.int32 if tensor.numel() <= 2**31 else torch.int64, device=tensor.device
         )
-        for tensor in scores
+        for tensor, above, ties in zip(scores, greater, ties_kept, strict=True)
     ]
 
 
 _register(
-    "compact(Tensor[] scores, Scalar value, SymInt n_greater, SymInt[] ties_kept) -> Tensor[]",
+    "compact(Tensor[] scores, Scalar value, SymInt[] greater, SymInt[] ties_kept) -> Tensor[]",
     _run_compact,
     _fake_compact,
+)
+
+
+# dr_fim_threshold_ ----------------------------------------------------------------------------------------------------
+
+
+def checked_score_and_search(
+    scores: list[Tensor],
+    fisher: list[Tensor],
+    shifted: list[Tensor],
+    k: int,
+    count: int,
+    kind: str,
+    c: float,
+    gamma: float = 1.0,
+    prior_precision: float = 0.0,
+    eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
+) -> Threshold:
+    """``dr_fim_score_``, then the k-th largest of the new scores.
+
+    Raises:
+        TypeError, ValueError: as :func:`fishertune_kernels.dr_fim_threshold_`.
+    """
+    from .dr_fim_score.fused import score_and_search  # its package imports this module
+    from .select_threshold.search import search
+
+    _check_dr_fim_score_(scores, fisher, shifted, count, kind, c)
+    _check_score_values(c, gamma, prior_precision, eps)
+    _check_count(count)
+    _check_k(k)
+    if not scores:
+        return search(scores, k, group)
+    module = _implementation("dr_fim_score", scores, fisher, shifted)
+    options = (count, kind, c, gamma, prior_precision, eps)
+    try:
+        return score_and_search(module, scores, _contiguous(fisher), _contiguous(shifted), options, k, group)
+    finally:
+        _mark_written(scores)  # also where NaN among them are refused
+
+
+def _run_dr_fim_threshold_(
+    scores: list[Tensor],
+    fisher: list[Tensor],
+    shifted: list[Tensor],
+    k: int,
+    count: int,
+    kind: str,
+    c: float,
+    gamma: float = 1.0,
+    prior_precision: float = 0.0,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor]:
+    return _as_tensors(
+        checked_score_and_search(scores, fisher, shifted, k, count, kind, c, gamma, prior_precision, eps)
+    )
+
+
+def _fake_dr_fim_threshold_(
+    scores: list[Tensor],
+    fisher: list[Tensor],
+    shifted: list[Tensor],
+    k: int,
+    count: int,
+    kind: str,
+    c: float,
+    gamma: float = 1.0,
+    prior_precision: float = 0.0,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor]:
+    _check_dr_fim_score_(scores, fisher, shifted, count, kind, c)
+    return _fake_select_threshold(scores, k)
+
+
+_register(
+    "dr_fim_threshold_(Tensor(a!)[] scores, Tensor[] fisher, Tensor[] shifted, SymInt k, SymInt count, str kind, "
+    "Scalar c, Scalar gamma=1.0, Scalar prior_precision=0.0, Scalar eps=1e-8) -> (Tensor, Tensor)",
+    _run_dr_fim_threshold_,
+    _fake_dr_fim_threshold_,
 )
 
 

@@ -18,6 +18,7 @@ from fishertune_kernels.per_sample_affine_squared_grad import native as affine
 from fishertune_kernels.per_sample_squared_grad import native as per_sample
 from fishertune_kernels.precision_update import native as precision
 from fishertune_kernels.select_threshold import native as threshold
+from fishertune_kernels.select_threshold import reference
 from fishertune_kernels.select_threshold.search import Threshold
 from fishertune_kernels.selected_grad_norm import native as norms
 from fishertune_kernels.sparse_adamw import native as adamw
@@ -324,8 +325,91 @@ def test_threshold_and_compaction_are_exact(isa, threads, dtype, fill, fraction)
 
 def test_compaction_leaves_out_nan_and_what_is_beyond_the_quota(isa):
     scores = [torch.tensor([math.nan, 1.0, 2.0, 1.0, 3.0, 1.0]), torch.ones(200), torch.tensor([math.nan] * 130)]
-    indices = compaction.compact(scores, Threshold(1.0, 2, 3, (2, 1, 0)))
+    indices = compaction.compact(scores, Threshold(1.0, (2, 0, 0), (2, 1, 0)))
     assert [index.tolist() for index in indices] == [[1, 2, 3, 4], [0], []]
+
+
+@pytest.mark.parametrize("extra", [1, -1])
+def test_compaction_stays_within_the_memory_a_wrong_threshold_gives_it(isa, threads, extra):
+    scores = [awkward(n) for n in (70_001, 200_000)]
+    right = select_threshold(scores, 40_000)
+    wrong = right._replace(greater_per_tensor=(right.greater_per_tensor[0], right.greater_per_tensor[1] + extra))
+    with pytest.raises(ValueError, match=rf"stands for {40_000 + extra} elements but the scores hold 40000.*scores\[1\]"):
+        compaction.compact(scores, wrong)
+
+
+def test_compaction_writes_int64_indices(isa, threads):
+    """What a tensor of more than 2³¹ elements needs, on one that fits a test."""
+    scores = [awkward(300_000), awkward(1000)]
+    found = select_threshold(scores, 30_000)
+    indices, selected = [], torch.empty(2, dtype=torch.int64)
+    rows = native.Rows()
+    for score, above, ties in zip(scores, found.greater_per_tensor, found.ties_kept_per_tensor, strict=True):
+        index = torch.full((above + ties + 64,), -7)  # a fence behind the index
+        indices.append(index)
+        rows.add(score.data_ptr(), score.numel(), 0, ties, index.data_ptr(), 1, above + ties)
+    native.call("ft_compact", rows, found.value, selected.data_ptr())
+    for index, count, expected in zip(indices, selected.tolist(), stable_top_k(scores, 30_000), strict=True):
+        np.testing.assert_array_equal(index[:count].numpy(), expected)
+        assert (index[count:] == -7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 2, 7, 64, 1000])
+def test_sample_is_the_references(isa, threads, dtype, stride):
+    scores = [awkward(n, dtype) for n in SIZES]
+    ours, theirs = threshold.sample_scores(scores, stride), reference.sample_scores(scores, stride)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours.nan_to_num(nan=-9.0), theirs.nan_to_num(nan=-9.0))
+
+
+BRACKETS = {"everything": (0, 2**32 - 1), "one key": (0xBF800000, 0xBF800000), "zero": (0x80000000, 0x80000000),
+            "positive": (0x80000001, 0xFF7FFFFF), "across zero": (0x7F000000, 0x80010000), "none": (1, 2)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BRACKETS)
+def test_bracket_is_the_references(isa, threads, dtype, name):
+    scores = [awkward(n, dtype) for n in (*SIZES, 150_000)]
+    scores[-1][5::101] = math.nan
+    scores[-1][6::97] = -math.nan
+    low, high = BRACKETS[name]
+    counts, expected = reference.collect_bracket(scores, low, high, 10**6)
+    for capacity in {10**6, len(expected), max(len(expected) - 1, 0), 0}:
+        ours, candidates = threshold.collect_bracket(scores, low, high, capacity)
+        assert torch.equal(ours, counts)
+        fits = capacity >= len(expected)
+        assert torch.equal(candidates.sort().values, expected.sort().values if fits else expected[:0])
+
+
+@pytest.mark.parametrize("kind", ["f", "dr_fim_variational"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_and_their_bracket_in_one_pass(isa, threads, kind, dtype):
+    fisher, shifted = ([(torch.rand(n) ** 4).to(dtype) for n in SIZES] for _ in range(2))
+    options = (2, kind, 0.4, 0.3, 1.5, 1e-2)
+    scores = [torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in SIZES]
+    apart = [score.clone() for score in scores]
+    bracket = (0xBE000000, 0xBF000000, 70_000)
+    counts, candidates = scoring.dr_fim_score_collect_(scores, fisher, shifted, *options, *bracket)
+    scoring.dr_fim_score_(apart, fisher, shifted, *options)
+    assert all(torch.equal(a, b) for a, b in zip(scores, apart, strict=True))
+    expected_counts, expected = reference.collect_bracket(apart, *bracket)
+    assert torch.equal(counts, expected_counts)
+    assert torch.equal(candidates.sort().values, expected.sort().values)
+    assert 0 < len(expected) < sum(SIZES)
+
+
+def test_what_the_library_refuses(isa):
+    score = torch.rand(10)
+    rows = native.Rows()
+    rows.add(score.data_ptr(), 10, 0)
+    for low, high, capacity in ((-1, 5, 1), (0, 2**32, 1), (6, 5, 1), (0, 5, -1)):
+        bracket = threshold.Bracket(1, 0, 0, 1)
+        bracket.low, bracket.high, bracket.capacity = low, high, capacity
+        with pytest.raises(ValueError, match=f"bracket from {low} to {high} with room for {capacity}"):
+            native.call("ft_collect_bracket", rows, ctypes.addressof(bracket))
+    with pytest.raises(ValueError, match="stride is 0"):
+        native.call("ft_sample_scores", rows, 0, score.data_ptr())
 
 
 def selections(n: int, fraction: float, dtype: torch.dtype) -> torch.Tensor:

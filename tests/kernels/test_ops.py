@@ -66,9 +66,11 @@ def sample_arguments(operator: str) -> tuple:
         ),
         "dr_fim_score": (state, more, "dr_fim", 0.5),
         "dr_fim_score_": (moments, state, more, 2, "dr_fim_variational", 0.5, 0.1, 2.0, 1e-8),
+        "dr_fim_threshold_": (moments, state, more, 5, 2, "dr_fim", 0.5),
         "key_histogram": (half, 21, 11, 0, 0),
         "select_threshold": (half, 5),
-        "compact": (half, -math.inf, 19, [0, 0]),
+        "collect_bracket": (half, 0x3F800000, 0xC0000000, 19),
+        "compact": (half, -math.inf, [12, 7], [0, 0]),
         "sparse_adamw_": (
             half,
             more,
@@ -224,7 +226,10 @@ def test_changing_hyper_parameters_do_not_recompile(backend: str) -> None:
 def test_empty_lists_and_inference_tensors(backend: str, operator: str) -> None:
     with torch.inference_mode():
         getattr(torch.ops.fishertune, operator).default(*sample_arguments(operator))
-    if operator in ("per_sample_squared_grad_", "per_sample_affine_squared_grad_", "key_histogram", "select_threshold"):
+    if operator in (
+        "per_sample_squared_grad_", "per_sample_affine_squared_grad_", "key_histogram", "collect_bracket",
+        "select_threshold", "dr_fim_threshold_",
+    ):  # fmt: skip
         return
     if operator == "selected_grad_norm":
         assert fk.selected_grad_norm([], []) == fk.selected_grad_norm([]) == 0
@@ -232,8 +237,7 @@ def test_empty_lists_and_inference_tensors(backend: str, operator: str) -> None:
     if operator == "gather_values_into_":
         assert fk.gather_values([], [], out=torch.empty(0)) == []
         return
-    # 5 would be a threshold's count for compact
-    arguments = [[] if isinstance(a, list) else 0 if a == 19 else a for a in sample_arguments(operator)]
+    arguments = [[] if isinstance(a, list) else a for a in sample_arguments(operator)]
     assert getattr(torch.ops.fishertune, operator).default(*arguments) in (None, [])
 
 

@@ -111,8 +111,8 @@ def test_k_out_of_range_is_refused(backend: str) -> None:
         fk.select_threshold(torch.ones(2), -1)
     with pytest.raises(ValueError, match=r"k=1, but there are no scores"):
         fk.select_threshold([], 1)
-    assert fk.select_threshold([], 0) == fk.Threshold(math.inf, 0, 0, ())
-    assert fk.compact([], fk.Threshold(math.inf, 0, 0, ())) == []
+    assert fk.select_threshold([], 0) == fk.Threshold(math.inf, (), ())
+    assert fk.compact([], fk.Threshold(math.inf, (), ())) == []
 
 
 def test_integer_scores_are_refused() -> None:
@@ -125,7 +125,7 @@ def test_compact_refuses_scores_that_are_not_the_thresholds(backend: str) -> Non
     threshold = fk.select_threshold(scores, 3)
     with pytest.raises(ValueError, match=r"stands for 3 elements but the scores hold 5.*Call select_threshold again"):
         fk.compact(scores + 2, threshold)
-    with pytest.raises(ValueError, match=r"ties_kept_per_tensor has 1 entries but scores has 2"):
+    with pytest.raises(ValueError, match=r"greater_per_tensor has 1 entries but scores has 2"):
         fk.compact([scores, scores], threshold)
 
 

@@ -40,10 +40,12 @@ TYPES = {
     "pointers": "*i64", "layout": "*i64", "owners": "*i32", "n_tensors": "i32", "n_chunks": "i32",
     "seed_low": "i32", "seed_high": "i32", "step_low": "i32", "step_high": "i32",
     "shift": "i32", "prefix_mask": "i32", "prefix": "i32", "before": "*i64", "quotas": "*i64",
+    "numbers": "*i64", "runs": "*i64", "sample": "*fp32", "counts": "*i32", "cursor": "*i64", "candidates": "*i64",
+    "stride": "i32", "low": "i32", "high": "i32", "capacity": "i32",
     "N": "i32", "T": "i32", "O": "i32", "I": "i32", "accumulator": "*fp32", "sums": "*fp32",
 }  # fmt: skip
 # Torch's allocations begin at multiples of 16 bytes, and the features of a transformer are multiples of 16.
-MULTIPLES_OF_16 = {"pointers", "layout", "owners", "counts", "before", "quotas", "accumulator", "sums", "x", "dy",
+MULTIPLES_OF_16 = {"pointers", "layout", "owners", "counts", "numbers", "runs", "sample", "cursor", "candidates", "before", "quotas", "accumulator", "sums", "x", "dy",
                    "O", "I"}  # fmt: skip
 
 
@@ -94,6 +96,11 @@ def cases(target: str) -> dict[str, Case]:
             {"FISHER": tl.float32, "SHIFTED": tl.float32, "TASK_ONLY": False, "FIRST": False, **aligned,
              **dr_fim_score.CONFIG},
         ),
+        "dr_fim_score collect fp32": Case(
+            dr_fim_score.dr_fim_score_collect_kernel,
+            {"FISHER": tl.float32, "SHIFTED": tl.float32, "TASK_ONLY": False, "FIRST": False, "KEEP": True, **aligned,
+             **dr_fim_score.CONFIG},
+        ),
         "key_histogram 8 bits fp32": Case(
             select_threshold.key_histogram_kernel,
             {"BINS": 256, "IN_REGISTERS": True, **score, **select_threshold.CONFIG},
@@ -104,6 +111,17 @@ def cases(target: str) -> dict[str, Case]:
             {"BINS": 2048, "IN_REGISTERS": False, **score, "SCORE": tl.bfloat16, **select_threshold.CONFIG},
             {"counts": "*i64"},
             streams=False,  # its time goes into atomics
+        ),
+        "sample_scores bf16": Case(
+            select_threshold.sample_scores_kernel, {"SCORE": tl.bfloat16, **select_threshold.SAMPLE_CONFIG},
+            streams=False,  # one score from each run
+        ),
+        "collect_bracket fp32": Case(
+            select_threshold.collect_bracket_kernel, {"KEEP": True, **score, **select_threshold.COLLECT_CONFIG}
+        ),
+        "collect_bracket bf16 counts only": Case(
+            select_threshold.collect_bracket_kernel,
+            {"KEEP": False, **score, "SCORE": tl.bfloat16, **select_threshold.COLLECT_CONFIG},
         ),
         "compact count fp32": Case(compact.count_kernel, {**score, **compact.CONFIG}, {"counts": "*i32"}),
         "compact write fp32": Case(compact.write_kernel, {"INDEX": tl.int32, **score, **compact.CONFIG}),
