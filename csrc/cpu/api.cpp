@@ -1,14 +1,13 @@
 // The C ABI: argument checks, cutting of work into chunks, threads. Arithmetic is in the range kernels.
 
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
 #include "chunks.h"
 #include "kernels.h"
+#include "status.h"
 
 namespace ft {
 namespace {
@@ -20,27 +19,13 @@ constexpr int64_t kStepChunk = int64_t{1} << 12;
 constexpr int64_t kPlanHead = 3;
 constexpr int64_t kPlan = kPlanHead + kScoreChunk / 64;
 
-thread_local char last_error[512] = "";
-
-#if defined(__GNUC__)
-__attribute__((format(printf, 1, 2)))
-#endif
-int32_t invalid(const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(last_error, sizeof last_error, format, arguments);
-  va_end(arguments);
-  return FT_INVALID;
-}
-
 // Nothing may leave the library as a C++ exception. Kernels do not allocate, so only set-up can fail, before any write.
 template <class Body>
 int32_t guarded(Body body) {
   try {
     return body();
   } catch (const std::bad_alloc&) {
-    std::snprintf(last_error, sizeof last_error, "out of memory for working space");
-    return FT_OUT_OF_MEMORY;
+    return failed(FT_OUT_OF_MEMORY, "out of memory for working space");
   }
 }
 
@@ -131,17 +116,7 @@ int32_t check_index(int64_t row, const void* index, int64_t dtype, int64_t count
 
 using namespace ft;
 
-#define FT_TRY(expression)                       \
-  do {                                           \
-    const int32_t status_ = (expression);        \
-    if (status_ != FT_OK) return status_;        \
-  } while (false)
-
 extern "C" {
-
-int32_t ft_abi_version(void) { return FT_ABI_VERSION; }
-
-const char* ft_last_error(void) { return last_error; }
 
 const char* ft_isa(void) { return current()->name; }
 
