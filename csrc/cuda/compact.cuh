@@ -125,6 +125,7 @@ __global__ void __launch_bounds__(kWriteThreads)
 
     int total;
     int place = exclusive_scan<kWriteThreads / 32>(__popc(word), warp_totals, total);
+    // The scan's barriers also keep these writes behind the previous tile's reads.
     for (; word != 0; word &= word - 1) found[place++] = static_cast<uint16_t>(word_number * 32 + __ffs(word) - 1);
     __syncthreads();
     if (row.numel <= int64_t{1} << 31) {
@@ -134,7 +135,6 @@ __global__ void __launch_bounds__(kWriteThreads)
       int64_t* const out = static_cast<int64_t*>(indices[r]) + at.place;
       for (int i = word_number; i < total; i += kWriteThreads) out[i] = start + found[i];
     }
-    __syncthreads();  // the next tile writes `found` again
   });
 }
 

@@ -10,8 +10,8 @@ Environment variables, all that this package reads:
 
 ``FISHERTUNE_BACKEND``
     ``reference``, ``native``, ``triton`` or ``cuda``: use this one for every operator. Or a choice for some of them, as
-    in ``select_threshold=cuda,compact=cuda``; the others choose by device. Where a backend cannot run (no library, wrong
-    device) the call fails with the reason. Types it does not know (float64) still go to the reference.
+    in ``select_threshold=cuda,compact=cuda``; the others choose by device. Where a backend cannot run (no library,
+    wrong device) the call fails with the reason. Types it does not know (float64) still go to the reference.
 ``FISHERTUNE_NATIVE_LIBRARY``
     Path of the C++ library, instead of the one in ``fishertune_kernels/lib``. Read once, by ``native.py``.
 ``FISHERTUNE_NATIVE_ISA``
@@ -83,9 +83,9 @@ def _forced(operator: str, setting: str) -> str:
     if "=" not in setting:
         if setting and setting not in BACKENDS:
             raise ValueError(
-                f"FISHERTUNE_BACKEND={setting!r} is not a backend. Set it to one of {', '.join(BACKENDS)}, or to a choice "
-                "for some operators, as in select_threshold=cuda,compact=cuda, or unset it to let every operator choose "
-                "by device."
+                f"FISHERTUNE_BACKEND={setting!r} is not a backend. Set it to one of {', '.join(BACKENDS)}, or to a "
+                "choice for some operators, as in select_threshold=cuda,compact=cuda, or unset it to let every "
+                "operator choose by device."
             )
         return setting
     operators = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.ispkg]

@@ -81,6 +81,18 @@ def _load() -> ctypes.CDLL | str:
             f"the native library {path} has interface version {version}, this package needs {ABI_VERSION}; "
             "rebuild it with `python setup.py build_native` or reinstall the package"
         )
+    try:
+        _declare(library)
+    except AttributeError as error:
+        return (
+            f"the native library {path} is older than this package ({error}); "
+            "rebuild it with `python setup.py build_native` or reinstall the package"
+        )
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Argument and result types of every function."""
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes = [_ROWS, _COUNT, *arguments, _THREADS]
@@ -100,7 +112,6 @@ def _load() -> ctypes.CDLL | str:
     library.ft_set_isa.restype = ctypes.c_int32
     library.ft_isa.restype = ctypes.c_char_p
     library.ft_last_error.restype = ctypes.c_char_p
-    return library
 
 
 def available() -> bool:
