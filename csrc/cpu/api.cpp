@@ -2,8 +2,6 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -12,6 +10,7 @@
 
 #include "chunks.h"
 #include "kernels.h"
+#include "status.h"
 
 namespace ft {
 namespace {
@@ -24,27 +23,13 @@ constexpr int64_t kSampleChunk = int64_t{1} << 10;    // strata
 constexpr int64_t kIndexBuffer = 4 * kScoreChunk;     // entries that a thread may hold back while earlier chunks are at work
 constexpr int64_t kMaxPending = 64;                   // chunks held back
 
-thread_local char last_error[512] = "";
-
-#if defined(__GNUC__)
-__attribute__((format(printf, 1, 2)))
-#endif
-int32_t invalid(const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(last_error, sizeof last_error, format, arguments);
-  va_end(arguments);
-  return FT_INVALID;
-}
-
 // Nothing may leave the library as a C++ exception. Kernels do not allocate, so only set-up can fail, before any write.
 template <class Body>
 int32_t guarded(Body body) {
   try {
     return body();
   } catch (const std::bad_alloc&) {
-    std::snprintf(last_error, sizeof last_error, "out of memory for working space");
-    return FT_OUT_OF_MEMORY;
+    return failed(FT_OUT_OF_MEMORY, "out of memory for working space");
   }
 }
 
@@ -286,17 +271,7 @@ class Placement {
 
 using namespace ft;
 
-#define FT_TRY(expression)                       \
-  do {                                           \
-    const int32_t status_ = (expression);        \
-    if (status_ != FT_OK) return status_;        \
-  } while (false)
-
 extern "C" {
-
-int32_t ft_abi_version(void) { return FT_ABI_VERSION; }
-
-const char* ft_last_error(void) { return last_error; }
 
 const char* ft_isa(void) { return current()->name; }
 

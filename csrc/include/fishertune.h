@@ -1,6 +1,6 @@
 /*
- * The CPU library behind fishertune_kernels: a plain C ABI, no torch, so that one build serves every torch version.
- * GPUs are served by the Triton kernels of the Python package; there is no CUDA code behind this header.
+ * The library behind fishertune_kernels: a plain C ABI, no torch, so that one build serves every torch version. The first
+ * part runs on CPUs; the CUDA part at the end holds what the Triton kernels of the Python package are weak at.
  *
  * Conventions
  *   - Every size, count and index range is int64_t. All arithmetic is fp32; 16-bit values are widened exactly on load and
@@ -30,7 +30,7 @@ extern "C" {
 /* Raised with every change a caller compiled or written against an older header would notice. */
 #define FT_ABI_VERSION 2
 
-typedef enum { FT_OK = 0, FT_INVALID = 1, FT_OUT_OF_MEMORY = 2 } ft_status;
+typedef enum { FT_OK = 0, FT_INVALID = 1, FT_OUT_OF_MEMORY = 2, FT_UNAVAILABLE = 3, FT_CUDA_ERROR = 4 } ft_status;
 typedef enum { FT_FP32 = 0, FT_BF16 = 1, FT_FP16 = 2 } ft_dtype;
 typedef enum { FT_INT32 = 0, FT_INT64 = 1 } ft_index_dtype;
 
@@ -224,6 +224,46 @@ typedef struct {
 } ft_gather_row;
 FT_API int32_t ft_gather_values(const ft_gather_row* rows, int64_t n_rows, int32_t threads);
 FT_API int32_t ft_scatter_values(const ft_gather_row* rows, int64_t n_rows, int32_t threads);
+
+/* CUDA ----------------------------------------------------------------------------------------------------------------
+ * In every build of the library; one compiled without CUDA answers FT_UNAVAILABLE and says why. Work is queued on
+ * `stream` (a cudaStream_t of `device`; NULL is the default stream) and nothing here waits for it. Nothing here allocates
+ * device memory: results and workspaces are the caller's, and must live until the stream has passed the call. The calling
+ * thread's current device is left as it was. */
+
+/* FT_OK where the library has CUDA code and this machine a device that can run it. */
+FT_API int32_t ft_cuda_available(void);
+
+/* A list of tensors as the kernels read it, in device memory: mixed dtypes are one launch. ft_cuda_table checks `rows` and
+ * fills `table` (host memory, n_rows entries), which the caller copies to the device and may keep for as long as the
+ * tensors live; *n_tiles is the work in it. Scores at multiples of 16 bytes are read 16 bytes at a time. */
+typedef struct {
+  const void* score; /* device memory */
+  int64_t numel;
+  int64_t dtype;
+  int64_t first_tile;
+} ft_cuda_row;
+FT_API int32_t ft_cuda_table(const ft_scores* rows, int64_t n_rows, ft_cuda_row* table, int64_t* n_tiles);
+
+/* As ft_key_histogram; `histogram` is in device memory and added to. */
+FT_API int32_t ft_cuda_key_histogram(const ft_cuda_row* table, int64_t n_rows, int64_t n_tiles, int32_t shift, int32_t bits,
+                                     uint32_t prefix_mask, uint32_t prefix, int64_t* histogram, int32_t device,
+                                     void* stream);
+
+/* Adds to counts (n_rows, 3): keys above `high`, keys in [low, high], NaN; and to *n_candidates: all keys in [low, high].
+ * The first `capacity` found, in no order, go to candidates as (row << 32) | key. All in device memory. */
+FT_API int32_t ft_cuda_collect_bracket(const ft_cuda_row* table, int64_t n_rows, int64_t n_tiles, uint32_t low,
+                                       uint32_t high, int64_t* counts, int64_t* candidates, int64_t capacity,
+                                       int64_t* n_candidates, int32_t device, void* stream);
+
+/* As ft_compact_count and ft_compact_write, the quotas of ties and the addresses of the outputs in device memory, indices
+ * int32 for tensors of up to 2^31 elements and int64 for larger ones. The workspace, at a multiple of 16 bytes,
+ * carries a bit per score from one call to the other. */
+FT_API int64_t ft_cuda_compact_workspace(int64_t n_tiles); /* bytes */
+FT_API int32_t ft_cuda_compact_count(const ft_cuda_row* table, int64_t n_rows, int64_t n_tiles, float value,
+                                     const int64_t* ties, void* workspace, int64_t* counts, int32_t device, void* stream);
+FT_API int32_t ft_cuda_compact_write(const ft_cuda_row* table, int64_t n_rows, int64_t n_tiles, float value,
+                                     const void* workspace, void* const* indices, int32_t device, void* stream);
 
 #ifdef __cplusplus
 }
