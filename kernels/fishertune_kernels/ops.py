@@ -265,8 +265,8 @@ def _check_per_sample_squared_grad_(
             )
     if x_NTI.shape[:-1] != dy_NTO.shape[:-1]:
         raise ValueError(
-            f"x_NTI has shape {tuple(x_NTI.shape)} but dy_NTO has {tuple(dy_NTO.shape)}: samples and tokens (and heads) "
-            "must agree. Pass the input and the output gradient of the same layer and batch."
+            f"x_NTI has shape {tuple(x_NTI.shape)} but dy_NTO has {tuple(dy_NTO.shape)}: samples and tokens (and "
+            "heads) must agree. Pass the input and the output gradient of the same layer and batch."
         )
     expected = (*dy_NTO.shape[1:-2], dy_NTO.shape[-1], x_NTI.shape[-1])
     if tuple(accumulator_OI.shape) != expected:

@@ -97,7 +97,8 @@ def test_squares_accumulate(isa, threads, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(3, 1, 17, 40, 24), (1, 1, 1, 1, 1), (2, 2, 5, 0, 7), (0, 1, 5, 3, 4), (4, 1, 33, 700, 9), (2, 3, 9, 70, 31)]
+    "shape",
+    [(3, 1, 17, 40, 24), (1, 1, 1, 1, 1), (2, 2, 5, 0, 7), (0, 1, 5, 3, 4), (4, 1, 33, 700, 9), (2, 3, 9, 70, 31)],
 )
 def test_per_sample_squares(isa, monkeypatch, dtype, shape):
     n, h, t, o, i = shape

@@ -30,8 +30,8 @@ def per_sample_squared_grad_(
         dy_NTO: gradient of the summed loss at the layer's output, samples × tokens × output features.
         weight: factor of every square, for example 1/N for a mean.
         bias_accumulator_O: if given, gains weight·Σ_n (Σ_t dY[n,t,o])², the bias's squared gradients.
-        samples: the number of samples, where the leading dimension counts windows (all windows of the first sample, then
-            those of the second, …), as in windowed attention: a sample's windows are then summed before they are
+        samples: the number of samples, where the leading dimension counts windows (all windows of the first sample,
+            then those of the second, …), as in windowed attention: a sample's windows are then summed before they are
             squared. Without a copy for dense inputs. Not with heads.
 
     Raises:

@@ -33,7 +33,7 @@ def per_sample_squared_grad_(
     with torch.autocast("cpu", enabled=False):
         wide = x_NHTI.dtype == dy_NHTO.dtype == torch.float32
         for head in range(heads):
-            # Half inputs are widened one sample at a time: a wide copy of the batch would double the activations' memory.
+            # Half inputs are widened one sample at a time: a wide copy of the batch would double their memory.
             for samples in [range(n_samples)] if wide else [range(n, n + 1) for n in range(n_samples)]:
                 x_all = x_NHTI[samples.start : samples.stop, head].float()
                 dy_all = dy_NHTO[samples.start : samples.stop, head].float()

@@ -1,8 +1,8 @@
 """Which tile and how many splits the GPU kernel takes: data and two small rules, no Triton.
 
-Every entry of ``TABLE`` is compiled by the tests without a spilled register. None has been timed yet: of the variants, the
-plain one (``nested`` loop, pointer loads) stands in front. Pass ``config=`` or ``splits=`` to the function in
-``triton.py`` to force another.
+Every entry is compiled by the tests without a spilled register. None has been timed yet: of the variants, the plain one
+(nested loops, pointer loads) is the choice. Pass ``config=`` or ``splits=`` to the function in ``triton.py`` to force
+another.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def choose_config(architecture: str, operands: str, O: int, I: int) -> Config:  
 def choose_splits(config: Config, processors: int, heads: int, N: int, T: int, O: int, I: int) -> int:  # noqa: E741
     """Into how many groups the samples are cut, each summed by programs of its own.
 
-    Programs run in waves of one for every multiprocessor, and a wave lasts as long as its samples' products; more groups
-    fill waves that a weight of few tiles leaves half empty, but their sums are written and read once more.
+    Programs run in waves of one for every multiprocessor, and a wave lasts as long as its samples' products; more
+    groups fill waves that a weight of few tiles leaves half empty, but their sums are written and read once more.
     """
     tiles = heads * -(-O // config.BLOCK_O) * -(-I // config.BLOCK_I)
     product = 2 * T * config.elements

@@ -50,7 +50,7 @@ def per_sample_squared_grad_kernel(
     BLOCK_T: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Adds to ``result`` (heads, O, I), or with PARTIAL stores one such for every group of ``split_samples`` samples."""
+    """Adds to ``result`` (heads, O, I), or with PARTIAL stores one such for each group of ``split_samples`` samples."""
     tiles_o = tl.cdiv(O, BLOCK_O)
     tiles_i = tl.cdiv(I, BLOCK_I)
     program = tl.program_id(0)
@@ -144,9 +144,7 @@ def partial_sum_kernel(accumulator, partials, size, splits, weight, BLOCK: tl.co
 
 
 @triton.jit
-def _add_partials(
-    accumulator, partials, start, size, splits, weight, MASKED: tl.constexpr, BLOCK: tl.constexpr
-):
+def _add_partials(accumulator, partials, start, size, splits, weight, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     at = start + tl.arange(0, BLOCK).to(tl.int64)
     mask = at < size if MASKED else None
     total = tl.load(partials + at, mask=mask)
@@ -246,9 +244,7 @@ def _describable(tensor: torch.Tensor) -> bool:
 
 def _descriptor(tensor: torch.Tensor, block_t: int, block: int) -> TensorDescriptor:
     """Made on the host: descriptors made by the kernel would need a global allocator (``triton.set_allocator``)."""
-    strides = [
-        stride if size > 1 else 16 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    ]
+    strides = [stride if size > 1 else 16 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, block_t, block])
 
 
