@@ -197,6 +197,25 @@ def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it whose last dimension is dense."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def join_windows(name: str, tensor: Tensor, samples: int) -> Tensor:
+    """(samples · windows, tokens, features) as (samples, windows · tokens, features), a view where it can be.
+
+    Raises:
+        ValueError: if the leading dimension does not hold equally many windows of every sample.
+    """
+    if tensor.dim() != 3 or samples < 1 or tensor.shape[0] % samples:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and samples={samples}; expected (samples · windows, tokens, "
+            "features) with the same number of windows for every sample. Pass samples=None for one window a sample."
+        )
+    return tensor.reshape(samples, tensor.shape[0] // samples * tensor.shape[1], tensor.shape[2])
+
+
 def _implementation(operator: str, *lists: Iterable[Tensor]) -> ModuleType:
     tensors = [tensor for tensors in lists for tensor in tensors]
     return dispatch.implementation(operator, tensors[0].device, {tensor.dtype for tensor in tensors})
@@ -252,19 +271,22 @@ def _check_per_sample_squared_grad_(
     bias_accumulator_O: Tensor | None = None,
 ) -> None:
     device = accumulator_OI.device
+    heads = accumulator_OI.dim() == 3
+    wanted = "(samples, heads, tokens, features)" if heads else "(samples, tokens, features)"
     for name, tensor in (("x_NTI", x_NTI), ("dy_NTO", dy_NTO)):
         _check_tensors(name, [tensor], device)
-        if tensor.dim() != 3:
+        if tensor.dim() != 3 + heads:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; expected (samples, tokens, features). Without a token axis "
-                f"pass {name}.unsqueeze(1); merge several token axes with .flatten(1, -2)."
+                f"{name} has shape {tuple(tensor.shape)}; expected {wanted}, as accumulator_OI has shape "
+                f"{tuple(accumulator_OI.shape)}. Without a token axis pass {name}.unsqueeze(-2); merge several token "
+                "axes with .flatten(1, -2)."
             )
-    if x_NTI.shape[:2] != dy_NTO.shape[:2]:
+    if x_NTI.shape[:-1] != dy_NTO.shape[:-1]:
         raise ValueError(
-            f"x_NTI has shape {tuple(x_NTI.shape)} but dy_NTO has {tuple(dy_NTO.shape)}: samples and tokens must "
-            "agree. Pass the input and the output gradient of the same layer and batch."
+            f"x_NTI has shape {tuple(x_NTI.shape)} but dy_NTO has {tuple(dy_NTO.shape)}: samples and tokens (and "
+            "heads) must agree. Pass the input and the output gradient of the same layer and batch."
         )
-    expected = (dy_NTO.shape[2], x_NTI.shape[2])
+    expected = (*dy_NTO.shape[1:-2], dy_NTO.shape[-1], x_NTI.shape[-1])
     if tuple(accumulator_OI.shape) != expected:
         raise ValueError(
             f"accumulator_OI has shape {tuple(accumulator_OI.shape)}; expected {expected} from dy_NTO and x_NTI, "
@@ -273,9 +295,9 @@ def _check_per_sample_squared_grad_(
     _check_tensors("accumulator_OI", [accumulator_OI], device, STATE_DTYPES, mutated=True)
     if bias_accumulator_O is not None:
         _check_tensors("bias_accumulator_O", [bias_accumulator_O], device, (accumulator_OI.dtype,), mutated=True)
-        if tuple(bias_accumulator_O.shape) != expected[:1]:
+        if tuple(bias_accumulator_O.shape) != expected[:-1]:
             raise ValueError(
-                f"bias_accumulator_O has shape {tuple(bias_accumulator_O.shape)}; expected {expected[:1]} from dy_NTO."
+                f"bias_accumulator_O has shape {tuple(bias_accumulator_O.shape)}; expected {expected[:-1]} from dy_NTO."
             )
 
 
@@ -289,8 +311,18 @@ def _run_per_sample_squared_grad_(
     _check_per_sample_squared_grad_(accumulator_OI, x_NTI, dy_NTO, weight, bias_accumulator_O)
     _check_finite(weight=weight)
     module = _implementation("per_sample_squared_grad", [accumulator_OI, x_NTI, dy_NTO])
-    module.per_sample_squared_grad_(accumulator_OI, x_NTI.contiguous(), dy_NTO.contiguous(), weight, bias_accumulator_O)
-    _mark_written([accumulator_OI] if bias_accumulator_O is None else [accumulator_OI, bias_accumulator_O])
+    bias = bias_accumulator_O
+    if accumulator_OI.dim() == 3:
+        heads = accumulator_OI, x_NTI, dy_NTO, bias
+    else:  # a layer of one head
+        heads = (
+            accumulator_OI[None],
+            x_NTI.unsqueeze(1),
+            dy_NTO.unsqueeze(1),
+            None if bias is None else bias[None],
+        )
+    module.per_sample_squared_grad_(heads[0], _dense_rows(heads[1]), _dense_rows(heads[2]), weight, heads[3])
+    _mark_written([accumulator_OI] if bias is None else [accumulator_OI, bias])
 
 
 _register(

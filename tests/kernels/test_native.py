@@ -98,21 +98,24 @@ def test_squares_accumulate(isa, threads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 17, 40, 24), (1, 1, 1, 1), (2, 5, 0, 7), (0, 5, 3, 4), (4, 33, 700, 9)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 1, 17, 40, 24), (1, 1, 1, 1, 1), (2, 2, 5, 0, 7), (0, 1, 5, 3, 4), (4, 1, 33, 700, 9), (2, 3, 9, 70, 31)],
+)
 def test_per_sample_squares(isa, monkeypatch, dtype, shape):
-    n, t, o, i = shape
+    n, h, t, o, i = shape
     monkeypatch.setattr(per_sample, "TILE_ELEMENTS", 1000)  # several tiles, the last one ragged
     generator = torch.Generator().manual_seed(1)
-    x, dy = (torch.randn(n, t, c, generator=generator).to(dtype) for c in (i, o))
-    weight_sum, bias_sum = torch.rand(o, i), torch.rand(o)
-    grads = torch.einsum("nto,nti->noi", dy.double(), x.double())
+    x, dy = (torch.randn(n, h, t, c, generator=generator).to(dtype) for c in (i, o))
+    weight_sum, bias_sum = torch.rand(h, o, i), torch.rand(h, o)
+    grads = torch.einsum("nhto,nhti->nhoi", dy.double(), x.double())
     expected = weight_sum.double() + 0.5 * grads.square().sum(0)
-    expected_bias = bias_sum.double() + 0.5 * dy.double().sum(1).square().sum(0)
+    expected_bias = bias_sum.double() + 0.5 * dy.double().sum(2).square().sum(0)
     per_sample.per_sample_squared_grad_(weight_sum, x, dy, 0.5, bias_sum)
     # A dot product of t terms errs by at most t/2 ulp of Σ|terms|; squares of cancelling sums need an absolute scale.
-    scale = torch.einsum("nto,nti->noi", dy.double().abs(), x.double().abs()).square().sum(0) + 1
+    scale = torch.einsum("nhto,nhti->nhoi", dy.double().abs(), x.double().abs()).square().sum(0) + 1
     assert ((weight_sum - expected).abs() <= 2 * t * ULP * scale).all()
-    bias_scale = dy.double().abs().sum(1).square().sum(0) + 1
+    bias_scale = dy.double().abs().sum(2).square().sum(0) + 1
     assert ((bias_sum - expected_bias).abs() <= 2 * t * ULP * bias_scale).all()
 
 
@@ -143,8 +146,8 @@ def test_per_sample_affine_sums_of_many_tokens_stay_accurate(isa):
 
 
 def test_per_sample_squares_ignore_autocast():
-    x, dy = torch.randn(2, 9, 5), torch.randn(2, 9, 6)
-    plain, cast = torch.zeros(6, 5), torch.zeros(6, 5)
+    x, dy = torch.randn(2, 1, 9, 5), torch.randn(2, 1, 9, 6)
+    plain, cast = torch.zeros(1, 6, 5), torch.zeros(1, 6, 5)
     per_sample.per_sample_squared_grad_(plain, x, dy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         per_sample.per_sample_squared_grad_(cast, x, dy)

@@ -192,6 +192,31 @@ def test_per_sample_affine_squared_grad_of_nothing(backend: str) -> None:
         assert bool((weight_sum == 1).all()) and bool((bias_sum == 1).all())
 
 
+def test_heads_are_layers_of_their_own(backend: str, generator: torch.Generator) -> None:
+    n, h, t, i, o = 3, 4, 7, 10, 5
+    x = torch.randn(n, t, h, i, generator=generator).transpose(1, 2)  # as attention cuts them: no copy is needed
+    dy = torch.randn(n, t, h * 3, o, generator=generator)[:, :, h : 2 * h].transpose(1, 2)
+    together, bias = torch.ones(h, o, i), torch.ones(h, o)
+    fk.per_sample_squared_grad_(together, x, dy, 0.5, bias)
+    for head in range(h):
+        alone, alone_bias = torch.ones(o, i), torch.ones(o)
+        fk.per_sample_squared_grad_(alone, x[:, head].contiguous(), dy[:, head].contiguous(), 0.5, alone_bias)
+        # the same sums, by another routine where the strides are others
+        torch.testing.assert_close(together[head], alone, rtol=t * EPS * 8, atol=t * EPS * 8)
+        torch.testing.assert_close(bias[head], alone_bias, rtol=t * EPS * 8, atol=t * EPS * 8)
+
+
+def test_windows_are_summed_before_they_are_squared(backend: str, generator: torch.Generator) -> None:
+    samples, windows, t, i, o = 2, 3, 5, 6, 4
+    x, dy = (torch.randn(samples * windows, t, c, generator=generator, dtype=torch.float64) for c in (i, o))
+    accumulator, bias = torch.zeros(o, i, dtype=torch.float64), torch.zeros(o, dtype=torch.float64)
+    fk.per_sample_squared_grad_(accumulator, x, dy, bias_accumulator_O=bias, samples=samples)
+    grads = torch.einsum("nwto,nwti->noi", dy.unflatten(0, (samples, -1)), x.unflatten(0, (samples, -1)))
+    torch.testing.assert_close(accumulator, grads.square().sum(0), rtol=1e-12, atol=1e-12)
+    sums = dy.unflatten(0, (samples, -1)).sum((1, 2))
+    torch.testing.assert_close(bias, sums.square().sum(0), rtol=1e-12, atol=1e-12)
+
+
 def test_per_sample_squared_grad_of_nothing(backend: str) -> None:
     accumulator = torch.ones(3, 2)
     fk.per_sample_squared_grad_(accumulator, torch.empty(0, 4, 2), torch.empty(0, 4, 3))

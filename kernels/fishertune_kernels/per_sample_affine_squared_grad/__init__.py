@@ -1,4 +1,4 @@
-"""Exact per-sample squared gradients of what multiplies or shifts channels: LayerNorm, LayerScale, biases, embeddings."""
+"""Exact per-sample squared gradients of what multiplies or shifts channels: LayerNorm, LayerScale, embeddings."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def per_sample_affine_squared_grad_(
 
     W[c] ← W[c] + weight·Σ_n (Σ_t dY[n,t,c]·x̂[n,t,c])² and B[c] ← B[c] + weight·Σ_n (Σ_t dY[n,t,c])².
 
-    * LayerNorm: x its input, ``mean_NT`` and ``rstd_NT`` its statistics: x̂ = (x − mean)·rstd. Pass x̂ itself as x, without
-      statistics, where that is what is at hand.
+    * LayerNorm: x its input, ``mean_NT`` and ``rstd_NT`` its statistics: x̂ = (x − mean)·rstd. Pass x̂ itself as x,
+      without statistics, where that is what is at hand.
     * LayerScale, y = x·w: x without statistics, ``bias_accumulator_C`` None.
     * A bias of any layer: ``weight_accumulator_C`` and x None.
     * A position embedding, whose gradient of one sample is dY itself: as a bias with one token,
       ``dy.reshape(N, 1, -1)``.
 
     Args:
-        weight_accumulator_C, bias_accumulator_C: contiguous float32 (or float64) of the length of the channels; updated.
-            At least one; either may be None.
+        weight_accumulator_C, bias_accumulator_C: contiguous float32 (or float64), one value a channel; updated. At
+            least one; either may be None.
         x_NTC: samples × tokens × channels, float32, bfloat16, float16 or float64; needed with ``weight_accumulator_C``.
         dy_NTC: gradient of the summed loss at y, same shape, any of these types.
         weight: factor of every square, for example 1/N for a mean.

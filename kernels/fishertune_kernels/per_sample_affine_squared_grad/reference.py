@@ -1,4 +1,4 @@
-"""Σ_n of squared per-sample gradients of what multiplies or shifts channels, y = x̂·w + b: LayerNorm, LayerScale, biases.
+"""Σ_n of squared per-sample gradients of what multiplies or shifts channels, y = x̂·w + b.
 
 W[c] ← W[c] + weight·Σ_n (Σ_t dY[n,t,c]·x̂[n,t,c])² and B[c] ← B[c] + weight·Σ_n (Σ_t dY[n,t,c])², the squares of every
 sample's own gradient (Eq. 4 of the FisherTune paper), with x̂ = (x − mean)·rstd, or x̂ = x without statistics.

@@ -1,8 +1,8 @@
 """Σ_n of squared per-sample gradients of y = x̂·w + b on GPUs: one read of x and dY, then a small sum of squares.
 
-A sample's tokens are cut into splits, so that a few samples fill the card: one program sums a split's tokens for a block
-of channels into a workspace (2, splits, samples, channels), and a second kernel adds the splits of a sample, squares, and
-adds the samples, each in one order.
+A sample's tokens are cut into splits, so that a few samples fill the card: one program sums a split's tokens for a
+block of channels into a workspace (2, splits, samples, channels), and a second kernel adds the splits of a sample,
+squares, and adds the samples, each in one order.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ from triton.compiler import ASTSource
 from fishertune_kernels.compact import triton as compact
 from fishertune_kernels.dr_fim_score import triton as dr_fim_score
 from fishertune_kernels.gaussian_perturb import triton as gaussian_perturb
+from fishertune_kernels.per_sample_affine_squared_grad import triton as per_sample_affine
+from fishertune_kernels.per_sample_squared_grad import tiles
 from fishertune_kernels.per_sample_squared_grad import triton as per_sample
 from fishertune_kernels.precision_update import triton as precision_update
 from fishertune_kernels.select_threshold import triton as select_threshold
@@ -42,11 +44,17 @@ TYPES = {
     "shift": "i32", "prefix_mask": "i32", "prefix": "i32", "before": "*i64", "quotas": "*i64",
     "numbers": "*i64", "runs": "*i64", "sample": "*fp32", "counts": "*i32", "cursor": "*i64", "candidates": "*i64",
     "stride": "i32", "low": "i32", "high": "i32", "capacity": "i32",
-    "N": "i32", "T": "i32", "O": "i32", "I": "i32", "accumulator": "*fp32", "sums": "*fp32",
+    "N": "i32", "T": "i32", "O": "i32", "I": "i32", "C": "i32", "accumulator": "*fp32", "sums": "*fp32",
+    "heads": "i32", "splits": "i32", "split_samples": "i32", "split_tokens": "i32", "size": "i32",
+    **dict.fromkeys(("x_sample", "x_head", "x_token", "dy_sample", "dy_head", "dy_token"), "i32"),
+    **dict.fromkeys(("result", "partials", "mean", "rstd"), "*fp32"),
 }  # fmt: skip
 # Torch's allocations begin at multiples of 16 bytes, and the features of a transformer are multiples of 16.
-MULTIPLES_OF_16 = {"pointers", "layout", "owners", "counts", "numbers", "runs", "sample", "cursor", "candidates", "before", "quotas", "accumulator", "sums", "x", "dy",
-                   "O", "I"}  # fmt: skip
+MULTIPLES_OF_16 = {
+    "pointers", "layout", "owners", "counts", "numbers", "runs", "sample", "cursor", "candidates", "before", "quotas",
+    "accumulator", "sums", "x", "dy", "O", "I", "C", "size", "result", "partials", "x_sample", "x_head", "x_token",
+    "dy_sample", "dy_head", "dy_token",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,30 +64,50 @@ class Case:
     types: dict = field(default_factory=dict)
     streams: bool = True
     """Whether its aligned inputs are to be read 16 bytes at a time."""
+    needs: tuple[str, ...] = ()
+    """Instructions the compiled text must hold."""
 
 
-def _product(half: bool, target: str) -> dict:
-    precision = "ieee" if target.startswith("gfx") else "tf32x3"
-    config = per_sample.CONFIGS["hopper" if target == "sm_90" else "other", "half" if half else "float"]
-    return {"PRECISION": precision, "WIDEN": False, "GROUP": per_sample.GROUP, **config}
+def _products(target: str) -> dict[str, Case]:
+    """The per-sample product in every tile and variant of its table."""
+    found = {}
+    for operands, element in (("half", "bf16"), ("float", "fp32")):
+        configs = {f"tile {i}": config for i, config in enumerate(tiles.TABLE[target, operands])}
+        for name, config in (configs | tiles.VARIANTS.get((target, operands), {})).items():
+            needs = ("wgmma.mma_async",) if target == "sm_90" else ()
+            types = {"x": f"*{element}", "dy": f"*{element}"}
+            if config.tma:
+                needs += ("cp.async.bulk.tensor",)
+                sides = {"x": config.BLOCK_I, "dy": config.BLOCK_O}
+                types = {side: f"tensordesc<{element}[1, 1, {config.BLOCK_T}, {n}]>" for side, n in sides.items()}
+            constants = {
+                "PARTIAL": name == "tile 1", "FLAT": config.flat, "TMA": config.tma, "WIDEN": False,
+                "PRECISION": "ieee" if target.startswith("gfx") else "tf32x3", "GROUP": per_sample.GROUP,
+                "BLOCK_O": config.BLOCK_O, "BLOCK_I": config.BLOCK_I, "BLOCK_T": config.BLOCK_T,
+                "num_warps": config.num_warps, "num_stages": config.num_stages,
+            }  # fmt: skip
+            case = Case(per_sample.per_sample_squared_grad_kernel, constants, types, streams=False, needs=needs)
+            found[f"per_sample_squared_grad {element} {name}"] = case
+    return found
 
 
 def cases(target: str) -> dict[str, Case]:
     aligned = {"ALIGNED": True}
     score = {"SCORE": tl.float32, **aligned}
-    half_inputs, float_inputs = {"x": "*bf16", "dy": "*bf16"}, {"x": "*fp32", "dy": "*fp32"}
+    half_inputs = {"x": "*bf16", "dy": "*bf16"}
     return {
         "squared_grad_accumulate bf16": Case(
             squared_grad.squared_grad_accumulate_kernel, {"GRAD": tl.bfloat16, **aligned, **squared_grad.CONFIG}
         ),
-        "per_sample_squared_grad bf16": Case(
-            per_sample.per_sample_squared_grad_kernel, _product(True, target), half_inputs, streams=False
+        **_products(target),
+        "per_sample_squared_grad partial_sum": Case(per_sample.partial_sum_kernel, per_sample.SUM_CONFIG),
+        "per_sample_affine sum bf16": Case(
+            per_sample_affine.affine_sum_kernel,
+            {"SCALED": True, "SHIFTED": True, "NORMALISED": True, **per_sample_affine.SUM_CONFIG},
+            half_inputs,
         ),
-        "per_sample_squared_grad fp32": Case(
-            per_sample.per_sample_squared_grad_kernel, _product(False, target), float_inputs, streams=False
-        ),
-        "per_sample_squared_grad token_sum bf16": Case(
-            per_sample.token_sum_kernel, per_sample.SUM_CONFIG, half_inputs
+        "per_sample_affine square": Case(
+            per_sample_affine.affine_square_kernel, per_sample_affine.SQUARE_CONFIG, streams=False
         ),
         "gaussian_perturb bf16": Case(
             gaussian_perturb.gaussian_perturb_kernel,
@@ -155,6 +183,8 @@ class Compiled:
     float64: list[str]
     vector_loads: int
     """Loads of 16 bytes."""
+    text: str
+    """The PTX or the AMD assembly."""
 
     @property
     def use(self) -> dict[str, int]:
@@ -177,7 +207,11 @@ def compile_case(case: Case, target: str) -> Compiled:
         case.kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in MULTIPLES_OF_16},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name in MULTIPLES_OF_16 and not signature[name].startswith("tensordesc")
+        },
     )
     asm = triton.compile(source, target=TARGETS[target], options=options)
     narrow = [line.strip() for line in asm.asm["ttir"].splitlines() if narrow_offset(line)]
@@ -209,6 +243,7 @@ def _nvidia(asm, narrow: list[str], target: str) -> Compiled:
         vector_loads=len(
             re.findall(r"(?:ld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)|cp\.async\.c[ag]\S* .*, 0x10)", ptx)
         ),
+        text=ptx,
     )
 
 
@@ -225,6 +260,7 @@ def _amd(asm, narrow: list[str]) -> Compiled:
         narrow_offsets=narrow,
         float64=re.findall(r"^\s*v_\w+_f64.*$", text, re.M),
         vector_loads=len(re.findall(r"(?:global|buffer|flat)_load_dwordx4", text)),
+        text=text,
     )
 
 

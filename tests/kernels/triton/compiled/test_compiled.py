@@ -23,6 +23,7 @@ def test_compiles_within_its_budget(target):
     for name, case in cases(target).items():
         compiled = compile_case(case, target)
         complaints += [f"{name}: {complaint}" for complaint in _complaints(compiled, case.streams, name, target)]
+        complaints += [f"{name}: no {needed}" for needed in case.needs if needed not in compiled.text]
     assert not complaints, f"{target}:\n" + "\n".join(complaints)
 
 

@@ -25,9 +25,7 @@ def test_per_sample_affine(dtype, normalised, shape, monkeypatch):
     x, dy = normal([shape, shape], dtype, seed=1)
     statistics = [torch.rand(n, t), torch.rand(n, t)] if normalised else []
     W, b = fence(torch.rand(c)), fence(torch.rand(c))
-    expected = [
-        old.double() + 0.5 * new for old, new in zip((W, b), expected_squares(x, dy, *statistics), strict=True)
-    ]
+    expected = [old.double() + 0.5 * new for old, new in zip((W, b), expected_squares(x, dy, *statistics), strict=True)]
     fk.per_sample_affine_squared_grad_(W, b, x, dy, 0.5, *statistics)
     # A sum of t products of order one is right to √t·2⁻²⁴·√t; cancellation leaves that beside a result of order t.
     assert_close([W, b], expected, rtol=2e-6, atol=t * 2e-6)
