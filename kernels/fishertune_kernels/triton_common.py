@@ -70,10 +70,10 @@ def list_table(
     drops that, for kernels that draw by element. The first ``scattered`` lists are read element by element, so their
     alignment says nothing.
 
-    A call finds its tables by the tensors' addresses. Parameters and optimizer state stay where they are; gradients that
-    are freed every step (``zero_grad(set_to_none=True)``) come back from torch's caching allocator, as a rule in the
-    same order to the same addresses, and then cost a look-up too. Where they move, a new pointer table is written to
-    pinned memory and copied on the current stream: the host does not wait for the device.
+    A call finds its tables by the tensors' addresses. Parameters and optimizer state stay where they are. Gradients
+    that are freed every step (``zero_grad(set_to_none=True)``) come from torch's caching allocator, as a rule at the
+    same addresses again, which is a look-up; where they moved, a new pointer table is written to pinned memory and
+    copied on the current stream, and the host does not wait for the device.
     """
     sized = lists[-1]
     device = sized[0].device
