@@ -511,8 +511,8 @@ def _check_rounding(
             )
     if all(param.dtype != torch.bfloat16 for _, param in held):
         raise ValueError(
-            f"rounding='stochastic' is for bfloat16 parameters; these are {held[0][1].dtype}, which keeps small updates "
-            "anyway. Set rounding='nearest'."
+            f"rounding='stochastic' is for bfloat16 parameters; these are {held[0][1].dtype}, which keeps small "
+            "updates anyway. Set rounding='nearest'."
         )
 
 
