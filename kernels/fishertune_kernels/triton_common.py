@@ -14,6 +14,7 @@ All offsets are int64: a tensor may have more than 2³¹ elements.
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -111,8 +112,8 @@ def _layout(
 def _pointers(
     device: torch.device, stream: int, addresses: tuple[int, ...], n_scattered: int
 ) -> tuple[torch.Tensor, bool]:
-    aligned = all(address % 16 == 0 for address in addresses[n_scattered:])
-    return _on_device(torch.tensor(addresses, dtype=torch.int64, device="cpu"), device), aligned
+    table = torch.frombuffer(array("q", addresses), dtype=torch.int64)  # several times faster than torch.tensor
+    return _on_device(table, device), not bool((table[n_scattered:] & 15).any())
 
 
 def _on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:

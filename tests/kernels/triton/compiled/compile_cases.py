@@ -42,7 +42,7 @@ TYPES = {
     "seed_low": "i32", "seed_high": "i32", "step_low": "i32", "step_high": "i32",
     "shift": "i32", "prefix_mask": "i32", "prefix": "i32", "before": "*i64", "quotas": "*i64",
     "N": "i32", "T": "i32", "O": "i32", "I": "i32", "accumulator": "*fp32", "sums": "*fp32",
-    "scale": "*fp32", "partials": "*fp32", "norm": "*fp32", "first": "i32", "n_partials": "i32",
+    "grad_scale_address": "*fp32", "partials": "*fp32", "norm": "*fp32", "first": "i32", "n_partials": "i32",
 }  # fmt: skip
 # Torch's allocations begin at multiples of 16 bytes, and the features of a transformer are multiples of 16.
 MULTIPLES_OF_16 = {"pointers", "layout", "owners", "counts", "before", "quotas", "accumulator", "sums", "partials",

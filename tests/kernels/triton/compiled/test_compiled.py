@@ -57,7 +57,16 @@ def test_the_budget_lists_every_kernel_and_no_other():
 
 def test_no_scalar_that_changes_between_steps_chooses_the_kernel():
     """triton compiles anew where an integer turns 1 or a multiple of 16, or a pointer loses its alignment."""
-    changing = {"seed_low", "seed_high", "step_low", "step_high", "n_tensors", "first", "n_partials", "scale"}
+    changing = {
+        "seed_low",
+        "seed_high",
+        "step_low",
+        "step_high",
+        "n_tensors",
+        "first",
+        "n_partials",
+        "grad_scale_address",
+    }
     seen = set()
     for name, case in cases("sm_90").items():
         for param in case.kernel.params:
