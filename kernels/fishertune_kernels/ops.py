@@ -1012,8 +1012,8 @@ def _check_stochastic(params: list[Tensor], master: list[Tensor]) -> None:
     for i, param in enumerate(params):
         if param.dtype == torch.float16:
             raise TypeError(
-                f"params[{i}] is torch.float16 and rounding is 'stochastic', which is for bfloat16. The bits float16 drops "
-                "vary in number below 6e-5, and it overflows at 65504. Keep a master copy: pass master=."
+                f"params[{i}] is torch.float16 and rounding is 'stochastic', which is for bfloat16. The bits that "
+                "float16 drops vary in number below 6e-5, and it overflows at 65504. Keep a master copy: pass master=."
             )
         if param.dtype != torch.bfloat16:
             raise TypeError(
@@ -1022,8 +1022,8 @@ def _check_stochastic(params: list[Tensor], master: list[Tensor]) -> None:
             )
     if master:
         raise ValueError(
-            "rounding is 'stochastic' and a master copy is given: the copy keeps what rounding drops, nothing is left to "
-            "chance. Leave one of them out."
+            "rounding is 'stochastic' and a master copy is given: the copy keeps what rounding drops, so nothing is "
+            "left to chance. Leave one of them out."
         )
 
 

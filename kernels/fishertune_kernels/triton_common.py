@@ -14,6 +14,7 @@ All offsets are int64: a tensor may have more than 2³¹ elements.
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -70,10 +71,10 @@ def list_table(
     drops that, for kernels that draw by element. The first ``scattered`` lists are read element by element, so their
     alignment says nothing.
 
-    A call finds its tables by the tensors' addresses. Parameters and optimizer state stay where they are; gradients that
-    are freed every step (``zero_grad(set_to_none=True)``) come back from torch's caching allocator, as a rule in the
-    same order to the same addresses, and then cost a look-up too. Where they move, a new pointer table is written to
-    pinned memory and copied on the current stream: the host does not wait for the device.
+    A call finds its tables by the tensors' addresses. Parameters and optimizer state stay where they are. Gradients
+    that are freed every step (``zero_grad(set_to_none=True)``) come from torch's caching allocator, as a rule at the
+    same addresses again, which is a look-up; where they moved, a new pointer table is written to pinned memory and
+    copied on the current stream, and the host does not wait for the device.
     """
     sized = lists[-1]
     device = sized[0].device
@@ -111,8 +112,8 @@ def _layout(
 def _pointers(
     device: torch.device, stream: int, addresses: tuple[int, ...], n_scattered: int
 ) -> tuple[torch.Tensor, bool]:
-    aligned = all(address % 16 == 0 for address in addresses[n_scattered:])
-    return _on_device(torch.tensor(addresses, dtype=torch.int64, device="cpu"), device), aligned
+    table = torch.frombuffer(array("q", addresses), dtype=torch.int64)  # several times faster than torch.tensor
+    return _on_device(table, device), not bool((table[n_scattered:] & 15).any())
 
 
 def _on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -54,7 +54,7 @@ def selected_squares_kernel(
 def _squares(grad, indices, start, size, WHOLE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     offsets = chunk_offsets(start, BLOCK)
     mask = offsets < size if MASKED else None
-    if WHOLE:
+    if WHOLE:  # noqa: SIM108
         index = offsets
     else:
         index = tl.load(indices + offsets, mask=mask, other=0 if MASKED else None).to(tl.int64)

@@ -53,9 +53,9 @@ def sparse_adamw_(
         scores: one value per index in the moments' dtype; needed with ``active_threshold``.
         active_threshold: elements scoring below it keep their value today; their moments are updated all the same, so
             that they are right when the element joins. None moves every selected element.
-        grad_scale: every gradient is multiplied by it (clipping, loss scaling). A tensor of one float32 element on the
-            parameters' device (float64 for float64 parameters) is read by the kernel, so that the host need not wait for
-            it; unlike a number it is not checked: NaN or infinity in it reaches moments and parameters.
+        grad_scale: every gradient is multiplied by it (clipping, loss scaling). A tensor of one float32 element
+            (float64 for float64 parameters) on the parameters' device is read by the kernel, so that the host need not
+            wait for it; unlike a number it is not checked: NaN or infinity in it reaches moments and parameters.
         master: one value per index in the moments' dtype: the parameter at full precision. Updated; ``params`` gets
             its rounding (to nearest even).
         compact_grads: ``grads`` holds one value per index: a list of 1-D tensors, or one 1-D tensor with all of them in

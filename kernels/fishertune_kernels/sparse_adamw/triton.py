@@ -26,7 +26,7 @@ CONFIG = {"BLOCK": 1024, "num_warps": 4}
 
 
 # A scale may be any element of a larger tensor; its address must not decide which kernel is compiled.
-@triton.jit(do_not_specialize=["n_tensors", "scale", "seed_low", "seed_high", "step_low", "step_high"])
+@triton.jit(do_not_specialize=["n_tensors", "grad_scale_address", "seed_low", "seed_high", "step_low", "step_high"])
 def sparse_adamw_kernel(
     pointers,
     layout,
@@ -40,7 +40,7 @@ def sparse_adamw_kernel(
     correction2_sqrt,
     eps,
     grad_scale,
-    scale,
+    grad_scale_address,
     active_threshold,
     seed_low,
     seed_high,
@@ -57,9 +57,9 @@ def sparse_adamw_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """COMPACT: gradients hold one value per index. SCALED: the number at ``scale`` multiplies them, not ``grad_scale``.
-    GATED: scores in row 4 decide who moves. MASTER: row 5 holds the parameters in float32. STOCHASTIC: bfloat16
-    parameters are rounded by random bits of seed, step and global index."""
+    """COMPACT: gradients hold one value per index. SCALED: the number at ``grad_scale_address`` multiplies them, not
+    ``grad_scale``. GATED: scores in row 4 decide who moves. MASTER: row 5 holds the parameters in float32. STOCHASTIC:
+    bfloat16 parameters are rounded by random bits of seed, step and global index."""
     owner, size, chunk = locate(layout, owners, n_tensors, tl.program_id(0).to(tl.int64))
     param = pointer(pointers, n_tensors, owner, 0, PARAM, False)
     grad = pointer(pointers, n_tensors, owner, 1, GRAD, False)
@@ -73,7 +73,7 @@ def sparse_adamw_kernel(
         offset = tl.load(layout + 2 * tl.cast(n_tensors, tl.int64) + owner)
     gain = tl.cast(grad_scale, tl.float32)
     if SCALED:
-        gain = tl.load(scale)
+        gain = tl.load(grad_scale_address)
     start = chunk * BLOCK
     if start + BLOCK <= size:
         _step(

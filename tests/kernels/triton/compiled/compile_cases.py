@@ -26,6 +26,7 @@ from fishertune_kernels.per_sample_squared_grad import tiles
 from fishertune_kernels.per_sample_squared_grad import triton as per_sample
 from fishertune_kernels.precision_update import triton as precision_update
 from fishertune_kernels.select_threshold import triton as select_threshold
+from fishertune_kernels.selected_grad_norm import triton as selected_grad_norm
 from fishertune_kernels.sparse_adamw import triton as sparse_adamw
 from fishertune_kernels.squared_grad_accumulate import triton as squared_grad
 from fishertune_kernels.values import triton as values
@@ -47,7 +48,8 @@ TYPES = {
     "N": "i32", "T": "i32", "O": "i32", "I": "i32", "C": "i32", "accumulator": "*fp32", "sums": "*fp32",
     "heads": "i32", "splits": "i32", "split_samples": "i32", "split_tokens": "i32", "size": "i32",
     **dict.fromkeys(("x_sample", "x_head", "x_token", "dy_sample", "dy_head", "dy_token"), "i32"),
-    **dict.fromkeys(("result", "partials", "mean", "rstd"), "*fp32"),
+    **dict.fromkeys(("result", "partials", "mean", "rstd", "norm", "grad_scale_address"), "*fp32"),
+    "first": "i32", "n_partials": "i32",
 }  # fmt: skip
 # Torch's allocations begin at multiples of 16 bytes, and the features of a transformer are multiples of 16.
 MULTIPLES_OF_16 = {
@@ -155,13 +157,34 @@ def cases(target: str) -> dict[str, Case]:
         "compact write fp32": Case(compact.write_kernel, {"INDEX": tl.int32, **score, **compact.CONFIG}),
         "sparse_adamw bf16 gated master": Case(
             sparse_adamw.sparse_adamw_kernel,
-            {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16, "INDEX": tl.int32, "GATED": True, "MASTER": True, **aligned,
-             **sparse_adamw.CONFIG},
+            {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16, "INDEX": tl.int32, "COMPACT": False, "SCALED": False,
+             "GATED": True, "MASTER": True, "STOCHASTIC": False, **aligned, **sparse_adamw.CONFIG},
+        ),
+        "sparse_adamw bf16 stochastic": Case(
+            sparse_adamw.sparse_adamw_kernel,
+            {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16, "INDEX": tl.int32, "COMPACT": False, "SCALED": True,
+             "GATED": False, "MASTER": False, "STOCHASTIC": True, **aligned, **sparse_adamw.CONFIG},
+        ),
+        "sparse_adamw bf16 compact": Case(
+            sparse_adamw.sparse_adamw_kernel,
+            {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16, "INDEX": tl.int32, "COMPACT": True, "SCALED": True,
+             "GATED": False, "MASTER": False, "STOCHASTIC": False, **aligned, **sparse_adamw.CONFIG},
         ),
         "sparse_adamw fp32 int64": Case(
             sparse_adamw.sparse_adamw_kernel,
-            {"PARAM": tl.float32, "GRAD": tl.float32, "INDEX": tl.int64, "GATED": False, "MASTER": False, **aligned,
-             **sparse_adamw.CONFIG},
+            {"PARAM": tl.float32, "GRAD": tl.float32, "INDEX": tl.int64, "COMPACT": False, "SCALED": False,
+             "GATED": False, "MASTER": False, "STOCHASTIC": False, **aligned, **sparse_adamw.CONFIG},
+        ),
+        "selected_grad_norm bf16": Case(
+            selected_grad_norm.selected_squares_kernel,
+            {"GRAD": tl.bfloat16, "INDEX": tl.int32, "WHOLE": False, **aligned, **selected_grad_norm.CONFIG},
+        ),
+        "selected_grad_norm fp32 whole": Case(
+            selected_grad_norm.selected_squares_kernel,
+            {"GRAD": tl.float32, "INDEX": tl.int32, "WHOLE": True, **aligned, **selected_grad_norm.CONFIG},
+        ),
+        "selected_grad_norm second stage": Case(
+            selected_grad_norm.finish_kernel, selected_grad_norm.FINISH_CONFIG, streams=False
         ),
         "values gather 16 bit": Case(
             values.move_kernel, {"VALUE": tl.int16, "INDEX": tl.int32, "SCATTER": False, **aligned, **values.CONFIG}
