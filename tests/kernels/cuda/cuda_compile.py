@@ -15,7 +15,7 @@ CSRC = Path(__file__).resolve().parents[3] / "csrc"
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 TARGETS = ("sm_80", "sm_90")
 STREAMING = {
-    # Per kernel, the loads of a whole aligned tile: fp32 takes four of 16 bytes, half precision two, twice (bf16, fp16).
+    # Loads of a whole aligned tile: four of 16 bytes for fp32, two each for bf16 and fp16.
     "collect_bracket_kernel": 8,
     "compact_mark_kernel": 8,
     "key_histogram_kernel<0>": 8,
@@ -36,7 +36,15 @@ def nvcc_version() -> str:
 
 
 def _nvcc(*options: str) -> str:
-    command = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC / 'include'}", f"-I{CSRC}", *options, str(CSRC / "cuda" / "api.cu")]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        f"-I{CSRC / 'include'}",
+        f"-I{CSRC}",
+        *options,
+        str(CSRC / "cuda" / "api.cu"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")

@@ -40,7 +40,9 @@ def test_addresses_are_64_bits_wide(target: str) -> None:
     texts = compiled(target)
     assert ".address_size 64" in texts[""]
     for name, text in texts.items():
-        accesses = re.findall(r"^\s*(?:@%p\d+ )?(?:ld|st|atom|red)\.global\S* .*?\[(.*?)\]", text, re.M)
+        # Global, or through a pointer that came from memory; shared memory has 32-bit addresses of its own.
+        access = r"\b(?:ld|st|atom|red)\.(?!param|shared)\S+\s.*?\[(.*?)\]"
+        accesses = re.findall(access, text)
         assert all(re.fullmatch(r"%rd\d+(?:\+-?\d+)?", address) for address in accesses), name
         assert accesses or not name, name
 
