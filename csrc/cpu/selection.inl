@@ -240,15 +240,14 @@ static int64_t collect_bracket(const void* score, int64_t dtype, int64_t n, uint
                          : collect_keys<true>(score, dtype, n, low, high, keys, counts);
 }
 
-// Offsets of the scores that are at least `value`, and how many of them equal it. Keys are compared, not floats: a thread
-// that flushes subnormals to zero would compare these as equal.
+// Offsets of the scores that are at least `value`, and how many of them equal it.
 static int64_t compact(const void* score, int64_t dtype, int64_t n, float value, uint32_t* offsets, int64_t* equal) {
-  const uint32_t least = key_of(bits_of(value));
   int64_t kept = 0, ties = 0;
   with_fp32_blocks(score, dtype, n, [&](const float* x, int64_t begin, int64_t m) {
     int64_t i = 0;
 #if defined(__AVX512F__)
-    const __m512i vleast = _mm512_set1_epi32(static_cast<int>(least)), sixteen = _mm512_set1_epi32(16);
+    const __m512 least = _mm512_set1_ps(value);
+    const __m512i sixteen = _mm512_set1_epi32(16);
     __m512i offset = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                       _mm512_set1_epi32(static_cast<int>(begin)));
     for (; i + 64 <= m; i += 64) {
@@ -256,10 +255,8 @@ static int64_t compact(const void* score, int64_t dtype, int64_t n, float value,
       for (int part = 0; part < 4; ++part) {
         prefetch(x + i + 16 * part + kAhead);
         const __m512 v = _mm512_loadu_ps(x + i + 16 * part);
-        const __m512i key = key_of(_mm512_castps_si512(v));
-        const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
-        const __mmask16 reached = _mm512_mask_cmpge_epu32_mask(number, key, vleast);
-        tied |= static_cast<uint64_t>(_mm512_mask_cmpeq_epi32_mask(number, key, vleast)) << (16 * part);
+        const __mmask16 reached = _mm512_cmp_ps_mask(v, least, _CMP_GE_OQ);
+        tied |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, least, _CMP_EQ_OQ)) << (16 * part);
         _mm512_storeu_si512(offsets + kept, _mm512_maskz_compress_epi32(reached, offset));
         kept += __builtin_popcount(reached);
         offset = _mm512_add_epi32(offset, sixteen);
@@ -267,20 +264,16 @@ static int64_t compact(const void* score, int64_t dtype, int64_t n, float value,
       ties += __builtin_popcountll(tied);
     }
 #elif defined(__AVX2__)
-    const __m256i top = _mm256_set1_epi32(INT32_MIN), vleast = _mm256_set1_epi32(static_cast<int>(least ^ 0x80000000u));
+    const __m256 least = _mm256_set1_ps(value);
     for (; i + 64 <= m; i += 64) {
-      uint64_t under = 0, tied = 0, unordered = 0;
+      uint64_t reached = 0, tied = 0;
       for (int part = 0; part < 8; ++part) {
         if (part % 2 == 0) prefetch(x + i + 8 * part + kAhead);
         const __m256 v = _mm256_loadu_ps(x + i + 8 * part);
-        const __m256i key = _mm256_xor_si256(key_of(_mm256_castps_si256(v)), top);
-        const auto bits = [part](__m256 mask) { return static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(mask))) << (8 * part); };
-        under |= bits(_mm256_castsi256_ps(_mm256_cmpgt_epi32(vleast, key)));
-        tied |= bits(_mm256_castsi256_ps(_mm256_cmpeq_epi32(vleast, key)));
-        unordered |= bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        reached |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ))) << (8 * part);
+        tied |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_EQ_OQ))) << (8 * part);
       }
-      ties += __builtin_popcountll(tied & ~unordered);
-      uint64_t reached = ~(under | unordered);
+      ties += __builtin_popcountll(tied);
       const int found = __builtin_popcountll(reached);
       // Four at once, wanted or not: how many there are is a branch that cannot be foretold.
       for (int64_t j = kept; reached != 0; j += 4) {
@@ -293,11 +286,9 @@ static int64_t compact(const void* score, int64_t dtype, int64_t n, float value,
     }
 #endif
     for (; i < m; ++i) {
-      const uint32_t u = bits_of(x[i]), key = key_of(u);
-      const bool number = !is_nan(u);
       offsets[kept] = static_cast<uint32_t>(begin + i);
-      kept += number && key >= least;
-      ties += number && key == least;
+      kept += x[i] >= value;
+      ties += x[i] == value;
     }
   });
   *equal = ties;
@@ -306,11 +297,10 @@ static int64_t compact(const void* score, int64_t dtype, int64_t n, float value,
 
 // Takes out of `n` offsets those of scores equal to `value`, except the first `ties`.
 static int64_t drop_ties(const void* score, int64_t dtype, float value, int64_t ties, int64_t n, uint32_t* offsets) {
-  const uint32_t tie = key_of(bits_of(value));
   int64_t kept = 0;
   with_dtype(score, dtype, [&](const auto* s) {
     for (int64_t i = 0; i < n; ++i) {
-      const bool tied = key_of(bits_of(widen(s[offsets[i]]))) == tie;
+      const bool tied = widen(s[offsets[i]]) == value;
       offsets[kept] = offsets[i];
       kept += !tied || ties > 0;
       ties -= tied;

@@ -18,7 +18,7 @@ from fishertune_kernels.per_sample_affine_squared_grad import native as affine
 from fishertune_kernels.per_sample_squared_grad import native as per_sample
 from fishertune_kernels.precision_update import native as precision
 from fishertune_kernels.select_threshold import native as threshold
-from fishertune_kernels.select_threshold import reference
+from fishertune_kernels.select_threshold import reference, search
 from fishertune_kernels.select_threshold.search import Threshold
 from fishertune_kernels.selected_grad_norm import native as norms
 from fishertune_kernels.sparse_adamw import native as adamw
@@ -307,7 +307,8 @@ def stable_top_k(scores: list[torch.Tensor], k: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fill", ["awkward", "equal", "subnormal"])
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.5, 1.0])
-def test_threshold_and_compaction_are_exact(isa, threads, dtype, fill, fraction):
+def test_threshold_and_compaction_are_exact(isa, threads, monkeypatch, dtype, fill, fraction):
+    monkeypatch.setattr(search, "SMALL", 1)  # by a sample first
     make = {
         "awkward": awkward,
         "equal": lambda n, dtype: torch.full((n,), -2.0, dtype=dtype),

@@ -12,17 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..select_threshold.search import (
-    SMALL,
-    Bracket,
-    Threshold,
-    agreed_size,
-    sample,
-    sampled_bracket,
-    sampling_stride,
-    search,
-    settled,
-)
+from ..select_threshold import search
 
 
 def score_and_search(
@@ -33,17 +23,18 @@ def score_and_search(
     options: tuple[object, ...],
     k: int,
     group: dist.ProcessGroup | None,
-) -> Threshold:
+) -> search.Threshold:
     """Arguments of :func:`fishertune_kernels.dr_fim_threshold_`, already checked; ``options`` from ``count`` on."""
-    n = agreed_size(scores, k, group)
-    bracket: Bracket | None = None
-    if k and n >= SMALL and not any(tensor.dtype == torch.float64 for tensor in scores):
-        stride = sampling_stride(n)
-        drawn, drawn_fisher, drawn_shifted = (sample(tensors, stride) for tensors in (scores, fisher, shifted))
+    n = search.agreed_size(scores, k, group)
+    bracket: search.Bracket | None = None
+    if k and n >= search.SMALL and not any(tensor.dtype == torch.float64 for tensor in scores):
+        stride = search.sampling_stride(n)
+        drawn, drawn_fisher, drawn_shifted = (search.sample(tensors, stride) for tensors in (scores, fisher, shifted))
         module.dr_fim_score_([drawn], [drawn_fisher], [drawn_shifted], *options)
-        bracket = sampled_bracket(drawn, k, n, group)
+        bracket = search.sampled_bracket(drawn, k, n, group)
     if bracket is None:
         module.dr_fim_score_(scores, fisher, shifted, *options)
-        return search(scores, k, group)
+        return search.search(scores, k, group)
     counts_L3, candidates = module.dr_fim_score_collect_(scores, fisher, shifted, *options, *bracket)
-    return settled(bracket, counts_L3, candidates, k, n, group) or search(scores, k, group)
+    threshold = search.settled(bracket, counts_L3, candidates, k, n, group)
+    return search.search(scores, k, group) if threshold is None else threshold

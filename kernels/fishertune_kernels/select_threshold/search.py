@@ -26,7 +26,7 @@ _SIGN_32 = -(2**31)
 LAST_KEY = 2**32 - 1  # of a NaN: no score that can be ranked has it
 SMALL = 1 << 18  # below, three passes of counting cost less than the calls that a sample takes
 DEVIATIONS = 4  # a bracket this wide misses once in 16,000 times (two tails of a normal distribution)
-LARGEST_SHARE = 1 / 16  # of the scores as candidates; more would cost as much as the passes they are to save
+LARGEST_SHARE = 1 / 10  # of the scores as candidates; more would cost as much as the passes they are to save
 
 
 class Threshold(NamedTuple):
