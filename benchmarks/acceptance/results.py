@@ -20,6 +20,7 @@ import torch
 import fishertune_kernels
 from fishertune_kernels import dispatch
 
+from .parts import OPERATORS
 from .records import Record, from_json, to_json
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,7 @@ def about(device: torch.device, quick: bool, seed: int) -> dict[str, Any]:
         "seed": seed,
         "versions": versions(),
         "backends": backends(device),
+        "operators": {operator.name: list(operator.functions) for operator in OPERATORS},
         "card": {
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,
