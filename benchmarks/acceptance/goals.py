@@ -143,7 +143,8 @@ def fisher_ratio(work: str) -> Callable[[Facts], tuple[float, str]]:
             if (operator, work_) == (fisher.NAME, work) and timing.role == "rival":
                 time = timing.note if timing.median_ms is None else f"{timing.median_ms / plain:.2f} ×"
                 beside.append(f"{who} {time}")
-        return facts.ms(fisher.NAME, work) / plain, ", ".join(beside)
+        ours = facts.timing(fisher.NAME, work)
+        return facts.ms(fisher.NAME, work) / plain, ", ".join([*beside, *filter(None, [ours.reduced])])
 
     return measure
 

@@ -62,7 +62,7 @@ def _time(bench: Bench, work: Work[P], problem: P, who: str, role: str, contende
                 timing.note = f"wrong: off by {off:.2g} × the tolerance"
                 return timing
         call = contender(problem)
-        timing.peak_gib = bench.peak_gib(call)
+        timing.peak_gib = bench.peak_gib(call)  # the first run: it compiles and fills caches, too
         timing.median_ms, timing.p10_ms, timing.p90_ms = bench.times(call, work.seconds)
     except torch.OutOfMemoryError:
         if role == "ours":

@@ -15,6 +15,8 @@ from .runner import say
 FINISHED, INTERRUPTED = 0, 130
 PATIENCE = 60.0
 """Seconds that any part may take beyond three times its estimate before it counts as hanging."""
+GRACE = 15.0
+"""Seconds that the part which runs when the time is up has to finish its current measurement."""
 
 
 def supervise(
@@ -26,7 +28,7 @@ def supervise(
         command: a worker: it marks in the file which part it runs, and exits with 0 when no part is left.
         path: the results' file; it exists.
         estimates: seconds by part.
-        until: after this (as of ``time.time()``) no new worker is started.
+        until: when it should be over, as of ``time.time()``.
         patience: see PATIENCE.
 
     Returns:
@@ -38,14 +40,14 @@ def supervise(
     settled = -1
     while True:
         worker = subprocess.Popen(command)
-        code = _watch(worker, path, estimates, patience)
+        code, ended = _watch(worker, path, estimates, until, patience)
         if code in (FINISHED, INTERRUPTED):
             return code
         results = Results.read(path)
         running = results.in_state("running")
         for name, outcome in running.items():
-            outcome.state = "failed"
-            outcome.note = _how(code)
+            outcome.state = "cut" if ended is _LATE else "failed"
+            outcome.note = ended or _how(code)
             say(f"{name}: {outcome.note}")
         results.write()
         before, settled = settled, sum(map(results.settled, estimates))
@@ -55,26 +57,29 @@ def supervise(
             return FINISHED
 
 
-def _watch(worker: subprocess.Popen[bytes], path: Path, estimates: Mapping[str, float], patience: float) -> int | None:
-    """The worker's exit status; None if it was ended because a part did not end."""
+_HUNG, _LATE = "hung, and was ended", "still ran when the time was up, and was ended"
+
+
+def _watch(
+    worker: subprocess.Popen[bytes], path: Path, estimates: Mapping[str, float], until: float, patience: float
+) -> tuple[int, str]:
+    """The worker's exit status, and why it was ended if it did not end by itself."""
     part, since = "", time.time()
     while True:
         try:
-            return worker.wait(timeout=0.5)
+            return worker.wait(timeout=0.5), ""
         except subprocess.TimeoutExpired:
             running = next(iter(Results.read(path).in_state("running")), "")
             if running != part:
                 part, since = running, time.time()
-            if part and time.time() - since > 3 * estimates[part] + patience:
+            hangs = bool(part) and time.time() - since > 3 * estimates[part] + patience
+            if hangs or time.time() > until + GRACE:
                 worker.kill()
-                worker.wait()
-                return None
+                return worker.wait(), _HUNG if hangs else _LATE
         except KeyboardInterrupt:  # the worker got it too and records what it has
             worker.wait()
-            return INTERRUPTED
+            return INTERRUPTED, ""
 
 
-def _how(code: int | None) -> str:
-    if code is None:
-        return "hung, and was ended"
+def _how(code: int) -> str:
     return f"the process died of {signal.Signals(-code).name}" if code < 0 else f"the process ended with status {code}"

@@ -283,6 +283,19 @@ def test_a_part_that_kills_its_process_costs_itself_only(tmp_path, deed, note):
     assert note in parts["b"].note
 
 
+def test_a_part_that_runs_over_the_whole_time_is_cut_and_not_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise, "GRACE", 1.0)
+    worker, path = tmp_path / "worker.py", tmp_path / "card-2026-01-01-abc.json"
+    worker.write_text(textwrap.dedent(WORKER))
+    results.Results(path, {"quick": False}).write()
+    command = [sys.executable, str(worker), str(path), "hang"]
+    assert supervise.supervise(command, path, dict.fromkeys("abc", 100), time.time() + 1) == 0
+    assert {name: outcome.state for name, outcome in results.Results.read(path).parts.items()} == {
+        "a": "done",
+        "b": "cut",
+    }
+
+
 def test_a_worker_that_cannot_even_start_is_not_started_for_ever(tmp_path):
     path = tmp_path / "card.json"
     results.Results(path, {"quick": False}).write()

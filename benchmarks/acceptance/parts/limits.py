@@ -24,6 +24,7 @@ def limits(bench: Bench) -> Iterator[Record]:
             continue
         source = torch.ones(mib << 20, dtype=torch.uint8, device=bench.device)
         target = torch.empty_like(source)
+        target.copy_(source)
         ms = bench.times(partial(target.copy_, source), 0.3).median
         rates[f"{mib} MiB"] = 2 * source.numel() / ms * 1e3
     size = max(rates, key=lambda name: rates[name])
@@ -37,6 +38,7 @@ def limits(bench: Bench) -> Iterator[Record]:
     rates = {}
     for name, (rows, inner, columns) in products.items():
         a, b = bench.normal((inner, rows), torch.bfloat16), bench.normal((inner, columns), torch.bfloat16)
+        torch.mm(a.T, b)
         ms = bench.times(partial(torch.mm, a.T, b), 0.3).median
         rates[name] = 2 * rows * inner * columns / ms * 1e3
         if name != square:
