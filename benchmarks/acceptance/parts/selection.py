@@ -35,6 +35,8 @@ from ..race import CHUNKS, Work, tiles, with_variants
 
 THRESHOLD, COMPACT = "select_threshold", "compact"
 FRACTION = 0.05
+SHAPES: list[Shape] = [*ODD_SHAPES, (601, 1001)]
+"""Enough scores that a selection may sample them first."""
 
 
 # Right? ---------------------------------------------------------------------------------------------------------------
@@ -42,10 +44,10 @@ FRACTION = 0.05
 
 def cases(bench: Bench) -> Iterator[Case]:
     for dtype, layout in [*itertools.product(FLOATS, ("contiguous",)), *((torch.bfloat16, la) for la in LAYOUTS[1:])]:
-        rounded = [torch.round(tensor * 8) / 8 for tensor in bench.normals(ODD_SHAPES, dtype)]
+        rounded = [torch.round(tensor * 8) / 8 for tensor in bench.normals(SHAPES, dtype)]
         low = [torch.where(tensor < -2, -math.inf, tensor) for tensor in rounded]
         for name, scores in {
-            "distinct": bench.normals(ODD_SHAPES, dtype),
+            "as drawn": bench.normals(SHAPES, dtype),
             "ties and −∞": low,
             "all equal": [torch.zeros_like(s) for s in low],
         }.items():
