@@ -282,13 +282,14 @@ def test_one_local_update_follows_the_noise_it_added():
     estimator.update(model, cross_entropy, batch)
     for handle in handles:
         handle.remove()
-    expected = {}
+    expected, noise = {}, []
     for layer in ("0", "4"):
         x, y, dy = seen[layer]
         module = model[int(layer)]
         z = y - module(x).detach()
         of_weight = x.square().sum(1, keepdim=True) / precision[f"{layer}.weight"][:, 0]
         share = of_weight / (of_weight + 1 / precision[f"{layer}.bias"])
+        noise.append((z / (of_weight + 1 / precision[f"{layer}.bias"]).sqrt()).flatten())
         expected[f"{layer}.weight"] = -0.5 * (dy * z * share).sum(0) / x.shape[1]  # per element of the row
         expected[f"{layer}.bias"] = -0.5 * (dy * z * (1 - share)).sum(0)
     x, y, dy = seen["1"]  # a norm has no output to draw: its parameters are drawn
@@ -298,6 +299,9 @@ def test_one_local_update_follows_the_noise_it_added():
     torch.testing.assert_close(y, normalised * drawn["1.weight"] + drawn["1.bias"])
     for name, gradient in (("1.weight", (dy * normalised).sum(0)), ("1.bias", dy.sum(0))):
         expected[name] = -0.5 * gradient * (drawn[name] - weights(model)[name])
+        noise.append((drawn[name] - weights(model)[name]) * precision[name].sqrt())
+    everything = torch.cat(noise).sort().values
+    assert everything.diff().min() > 1e-6, "no two layers, and no layer and a drawn parameter, share an ε"
     after = estimator.state_dict()["tensors"]
     for name, gradient in expected.items():
         rows = precision[name].flatten(1)[:, 0] if precision[name].dim() > 1 else precision[name]
