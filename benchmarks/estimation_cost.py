@@ -138,6 +138,7 @@ def measure_overlap(config: RunConfig, plan: Plan, results: Results, reporter: R
                 results.add_point(name, used, reference.compare(values))
     threshold = float(fisher[problem.candidates].topk(problem.k).values[-1])
     results.data["threshold"] = threshold
+    results.data["chance"] = problem.k / int(problem.candidates.sum())
     wanted = [count for count in counts if count <= plan.posterior]
     for settings in POSTERIORS:
         if results.has(settings.label, wanted[-1] - wanted[-1] % 8):
@@ -173,17 +174,22 @@ def _spread(problem: Problem, plan: Plan, samples: dict[str, ExactSums], results
     spread = results.data["spread"]
     starts = range(0, plan.reference - plan.group + 1, plan.group)
     if "replicates" not in spread:
-        found = []
-        for one, other in (("estimate", "reference"), ("reference", "estimate")):
-            against = Reference(samples[other].sum(0, plan.reference), problem.candidates, problem.k)
-            groups = [samples[one].sum(start, start + plan.group) for start in starts]
-            found += [against.compare(group)["overlap"] for group in groups]
-        spread["replicates"] = {
-            "images": plan.group,
-            "overlaps": found,
-            "mean": round(statistics.mean(found), 5),
-            "deviation": round(statistics.stdev(found), 5),
-        }
+        found: dict[str, list[float]] = {"replicates": [], "nested": []}
+        for yardstick in samples:
+            against = Reference(samples[yardstick].sum(0, plan.reference), problem.candidates, problem.k)
+            for name, sums in samples.items():
+                groups = (sums.sum(start, start + plan.group) for start in starts)
+                found["nested" if name == yardstick else "replicates"] += [
+                    against.compare(g)["overlap"] for g in groups
+                ]
+        for kind, overlaps in found.items():
+            mean, deviation = statistics.mean(overlaps), statistics.stdev(overlaps)
+            spread[kind] = {
+                "images": plan.group,
+                "overlaps": overlaps,
+                "mean": round(mean, 5),
+                "deviation": round(deviation, 5),
+            }
         results.save()
     if "pairs" not in spread:
         pairs = []
@@ -251,23 +257,20 @@ def measure_cost(config: RunConfig, plan: Plan, results: Results, reporter: Repo
     rows = results.data["cost"]
     if again:
         rows.clear()
-    command = [sys.executable, *_without(sys.argv, "--again"), "--memory-of"]
-    labels = [*cost.CONTENDERS]
-    with reporter.bar("cost", len(labels)) as bar:
-        if plan.memory and "plain" not in rows:
-            result = subprocess.run([*command, "plain"], check=True, capture_output=True, text=True)
-            rows["plain"] = {"ratio": 1.0, "covered": 1.0, "extra_mib": float(result.stdout.split()[-1])}
-        for label in labels:
-            if label not in rows:
-                rows[label] = cost.measure(config, label, plan.batch, plan.rounds, memory=plan.memory, command=command)
-                results.save()
+    missing = [label for label in cost.CONTENDERS if label not in rows]
+    if not missing:
+        return
+    command = [sys.executable, *(item for item in sys.argv if item != "--again"), "--memory-of"]
+    with reporter.bar("cost", len(cost.CONTENDERS), len(cost.CONTENDERS) - len(missing)) as bar:
+        bench = cost.Bench(config, plan.batch, plan.rounds, command if plan.memory else None)
+        if "plain" not in rows:
+            rows["plain"] = {"ratio": 1.0, "covered": 1.0, **bench.memory("plain")}
+        for label in missing:
+            rows[label] = bench.measure(label)
+            results.save()
             bar.advance(label)
     results.data["cost_measured_on"] = machine(config)
     results.save()
-
-
-def _without(arguments: Sequence[str], flag: str) -> list[str]:
-    return [argument for argument in arguments if argument != flag]
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_a_quick_run_is_whole_and_a_second_one_computes_nothing(study, monkeypat
         points = result["overlap"][settings.label]
         assert [point["images"] for point in points] == [8] and 0 <= points[0]["overlap"] <= 1
     assert set(result["spread"]["variants"]) == {"sampled labels", "whole frames"}
-    assert set(result["cost"]) == set(labels)
+    assert set(result["cost"]) == {"plain", *labels}
     assert all(row["ratio"] > 0 and 0 < row["covered"] <= 1 for row in result["cost"].values()), result["cost"]
     assert str(BENCHMARKS.parent) not in written[".json"].read_text(), "no path of this machine"
     table = written[".md"].read_text()
@@ -62,7 +62,7 @@ def test_a_quick_run_is_whole_and_a_second_one_computes_nothing(study, monkeypat
         raise AssertionError("computed again")
 
     for module in (study.cost, sys.modules["fisher_study.estimates"]):
-        for name in ("PerSampleSquares", "make_estimator", "measure"):
+        for name in ("PerSampleSquares", "make_estimator", "Bench"):
             monkeypatch.setattr(module, name, forbidden, raising=False)
     study.main(arguments)
     again = json.loads(written[".json"].read_text())
@@ -79,7 +79,7 @@ def test_a_contender_that_computes_something_else_gets_no_figures(study, monkeyp
 
     monkeypatch.setitem(study.cost.CONTENDERS, "BackPACK", wrong)
     config = study.load_config(study.BUILT_IN, study.QUICK)
-    row = study.cost.measure(config, "BackPACK", 2, 1, memory=False, command=[])
+    row = study.cost.Bench(config, 2, 1, None).measure("BackPACK")
     assert set(row) == {"error"} and "BackPACK is wrong about backbone." in row["error"]
 
 

@@ -80,54 +80,64 @@ def make_batch(config: RunConfig, count: int) -> Batch:
     return torch.randn(count, 3, height, width).to(device), labels.to(device)
 
 
-def measure(config: RunConfig, label: str, count: int, rounds: int, *, memory: bool, command: list[str]) -> dict:
-    """One contender's row: seconds an image, ratio to the plain pass, share of the parameters it covers, peak memory.
+class Bench:
+    """One batch, a plain pass over it to compare with, and the exact answer to hold contenders to.
 
     Args:
-        count: images of a batch.
+        count: images of the batch.
         rounds: the fastest one counts, of the contender and of the plain passes between.
-        memory: also starts ``command`` plus the label in a process of its own, which prints the growth of the peak.
+        command: given, it is started with a contender's label behind it, in a process of its own, and prints the growth
+            of the peak memory.
     """
-    try:
-        row = _time(config, label, count, rounds)
-        if memory:
-            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-            result = subprocess.run([*command, label], env=environment, check=True, capture_output=True, text=True)
-            row["extra_mib"] = float(result.stdout.split()[-1])
-    except BaseException as error:  # pytest's Skipped is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return {"error": lines[-1][:200]}
-    return row
 
+    def __init__(self, config: RunConfig, count: int, rounds: int, command: list[str] | None) -> None:
+        self._config, self._count, self._rounds, self._command = config, count, rounds, command
+        self._batch = make_batch(config, count)
+        self._plain = bench_fisher.plain(make_model(config), self._batch)
+        self._plain()  # warms the caches up
+        self._expected = bench_fisher.one_by_one(make_model(config), self._batch)()
 
-def _time(config: RunConfig, label: str, count: int, rounds: int) -> dict[str, Any]:
-    model, batch = make_model(config), make_batch(config, count)
-    plain = bench_fisher.plain(make_model(config), batch)
-    plain()
-    work = CONTENDERS[label](model, batch)
-    got = work()
-    if label in EXACT:
-        expected = bench_fisher.one_by_one(make_model(config), batch)()
-        # the backbone is what is ranked; Opacus goes wrong in the head, whose input is not contiguous
-        bench_fisher.gate(label, {name: got[name] for name in got if name.startswith("backbone.")}, expected)
-    parameters = {name: p.numel() for name, p in model.named_parameters() if name.startswith("backbone.")}
-    covered = sum(parameters[name] for name in got if name in parameters) / sum(parameters.values())
-    del got
-    plain_seconds, seconds = [], []
-    for _ in range(rounds):
-        plain_seconds.append(_seconds(plain, batch[0].device))
-        seconds.append(_seconds(work, batch[0].device))
-    return {
-        "seconds_per_image": round(min(seconds) / count, 5),
-        "plain_seconds_per_image": round(min(plain_seconds) / count, 5),
-        "ratio": round(min(seconds) / min(plain_seconds), 4),
-        "covered": round(covered, 5),
-        "batch": count,
-        "rounds": rounds,
-        "threads": torch.get_num_threads(),
-    }
+    def measure(self, label: str) -> dict[str, Any]:
+        """Ratio to the plain pass, seconds, share of the backbone covered, memory; or ``error``, what went wrong."""
+        try:
+            return self._time(label) | self.memory(label)
+        except BaseException as error:  # pytest's Skipped, for a package that is not there, is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return {"error": lines[-1][:200]}
+
+    def memory(self, label: str) -> dict[str, float]:
+        if self._command is None:
+            return {}
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        result = subprocess.run([*self._command, label], env=environment, check=True, capture_output=True, text=True)
+        return {"extra_mib": round(float(result.stdout.split()[-1]), 1)}
+
+    def _time(self, label: str) -> dict[str, Any]:
+        model = make_model(self._config)
+        work = CONTENDERS[label](model, self._batch)
+        got = work()
+        if label in EXACT:
+            # the backbone is what is ranked; Opacus goes wrong in the head, whose input is not contiguous
+            found = {name: value for name, value in got.items() if name.startswith("backbone.")}
+            bench_fisher.gate(label, found, self._expected)
+        parameters = {name: p.numel() for name, p in model.named_parameters() if name.startswith("backbone.")}
+        covered = sum(parameters[name] for name in got if name in parameters) / sum(parameters.values())
+        del got
+        plain, own = [], []
+        for _ in range(self._rounds):
+            plain.append(_seconds(self._plain, self._batch[0].device))
+            own.append(_seconds(work, self._batch[0].device))
+        return {
+            "ratio": round(min(own) / min(plain), 4),
+            "seconds_per_image": round(min(own) / self._count, 5),
+            "plain_seconds_per_image": round(min(plain) / self._count, 5),
+            "covered": round(covered, 5),
+            "batch": self._count,
+            "rounds": self._rounds,
+            "threads": torch.get_num_threads(),
+        }
 
 
 def _seconds(work: Callable[[], Squares], device: torch.device) -> float:

@@ -234,6 +234,12 @@ def _limits(data: dict[str, Any]) -> list[str]:
             f"{len(found['overlaps'])} replicates: {found['mean']:.3f} ± {found['deviation']:.3f} "
             f"(goal {GOAL} from 200 images: {verdict})."
         )
+    if "nested" in spread:
+        found = spread["nested"]
+        lines.append(
+            f"* {found['images']} images against the {data['settings']['reference']:,} that contain them (not what a user "
+            f"gets), {len(found['overlaps'])} replicates: {found['mean']:.3f} ± {found['deviation']:.3f}."
+        )
     if "pairs" in spread:
         lines.append(
             f"* Two disjoint samples of {spread['pairs']['images']} against one another: {spread['pairs']['mean']:.3f}."
