@@ -12,17 +12,22 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import hypothesis  # noqa: F401 (this and the next are imported here for the forks)
+import pytest
+import torch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "docs" / "mutations.md"
 COPIED = ("kernels", "csrc", "tests/kernels", "CMakeLists.txt", "pyproject.toml")
-SECONDS = 600
+SECONDS = 600  # for a test; one that takes longer does not end
 
 
 class Mutation:
@@ -90,6 +95,7 @@ COMPILED = "tests/kernels/triton/compiled/test_compiled.py::test_compiles_within
 # Where the code is ----------------------------------------------------------------------------------------------------
 
 PACKAGE = "kernels/fishertune_kernels"
+LIBRARY = f"{PACKAGE}/lib"
 COMMON = f"{PACKAGE}/triton_common.py"
 API = "csrc/cpu/api.cpp"
 CHUNKS = "csrc/cpu/chunks.h"
@@ -1216,7 +1222,10 @@ MUTATIONS = (*TRITON, *CPP, *REFERENCE, *CONTRACT)
 
 
 class Tree:
-    """A copy of what the kernels and their tests need, in which one file at a time is wrong."""
+    """A copy of what the kernels and their tests need, in which one file at a time is wrong.
+
+    Tests run in forks of this process, which has imported torch once and nothing of the package.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -1226,26 +1235,40 @@ class Tree:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, target)
-        self._environment = {key: value for key, value in os.environ.items() if not key.startswith("FISHERTUNE_")}
-        self._environment |= {"PYTHONPATH": str(folder / "kernels"), "PYTHONDONTWRITEBYTECODE": "1"}
+        # A mistake shows at any level of optimisation, and this one compiles in half the time.
+        build_file = folder / "CMakeLists.txt"
+        build_file.write_text(build_file.read_text(encoding="utf-8").replace("-O3", "-O1"), encoding="utf-8")
         self._built = folder / "build"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         self._call("cmake", *generator, "-S", str(folder), "-B", str(self._built), "-DCMAKE_BUILD_TYPE=Release")
         self._build()
-        program = "import fishertune_kernels; print(fishertune_kernels.__file__)"
-        found = self._call(sys.executable, "-c", program)
-        if str(folder) not in found:
-            raise SystemExit(f"The copy in {folder} is not what Python imports, but {found.strip()}.")
+        shutil.copytree(folder / LIBRARY, folder / "right")
 
-    def _call(self, *command: str) -> str:
-        done = subprocess.run(command, cwd=self.folder, env=self._environment, capture_output=True, text=True)
+    def _call(self, *command: str) -> None:
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        return done.stdout
 
     def _build(self) -> None:
         self._call("cmake", "--build", str(self._built), "--parallel", str(os.cpu_count() or 1))
-        self._call("cmake", "--install", str(self._built), "--prefix", str(self.folder / PACKAGE / "lib"))
+        self._call("cmake", "--install", str(self._built), "--prefix", str(self.folder / LIBRARY))
+
+    def _pytest(self, test: str, output: int) -> int:
+        """In a fork: runs the test with the tree's package."""
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(self.folder)
+        for name in [name for name in os.environ if name.startswith("FISHERTUNE_")]:
+            del os.environ[name]
+        os.environ["TRITON_INTERPRET"] = "1" if "/interpreter/" in test else "0"
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        os.environ["PYTHONPATH"] = str(self.folder / "kernels")
+        sys.dont_write_bytecode = True
+        sys.path[:] = [str(self.folder / "kernels"), *(path for path in sys.path if not path.startswith(str(ROOT)))]
+        import fishertune_kernels
+
+        assert fishertune_kernels.__file__.startswith(str(self.folder)), fishertune_kernels.__file__
+        return pytest.main(["-x", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider", test])
 
     def red(self, test: str) -> str | None:
         """The first test under this node id that fails, or None if all pass.
@@ -1253,23 +1276,33 @@ class Tree:
         Raises:
             SystemExit: if nothing ran, for instance because the node does not exist or its file does not import.
         """
-        environment = dict(self._environment)
-        environment["TRITON_INTERPRET"] = "1" if "/interpreter/" in test else "0"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider", test]
-        try:
-            done = subprocess.run(
-                command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            return f"{test} (does not end)"
-        failed = re.search(r"^FAILED (\S+?)(?: - .*)?$", done.stdout, re.M)
-        if done.returncode == 1 and failed:
+        with tempfile.TemporaryFile("w+") as output:
+            child = os.fork()
+            if child == 0:
+                status = 99
+                try:
+                    status = self._pytest(test, output.fileno())
+                finally:
+                    sys.stdout.flush()
+                    os._exit(status)
+            deadline = time.monotonic() + SECONDS
+            while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+                if time.monotonic() > deadline:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    return f"{test} (does not end)"
+                time.sleep(0.05)
+            output.seek(0)
+            printed = output.read()
+        status = os.waitstatus_to_exitcode(ended[1])
+        failed = re.search(r"^FAILED (.+?)(?: - .*)?$", printed, re.M)
+        if status == 1 and failed:
             return failed[1]
-        if done.returncode < 0:
+        if status < 0:
             return f"{test} (crashes)"
-        if done.returncode == 0 and re.search(r"\d+ passed", done.stdout):
+        if status == 0 and re.search(r"\d+ passed", printed):
             return None
-        raise SystemExit(f"{test} did not run:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+        raise SystemExit(f"{test} did not run:\n{printed[-3000:]}")
 
     def killed_by(self, mutation: Mutation) -> str | None:
         """The test that turns red with the mistake in place; the tree is whole again afterwards."""
@@ -1284,7 +1317,7 @@ class Tree:
         finally:
             file.write_text(right, encoding="utf-8")
             if compiled:
-                self._build()
+                shutil.copytree(self.folder / "right", self.folder / LIBRARY, dirs_exist_ok=True)
 
 
 def chosen(names: Sequence[str]) -> list[Mutation]:
@@ -1296,28 +1329,19 @@ def chosen(names: Sequence[str]) -> list[Mutation]:
     return [m for m in MUTATIONS if not names or any(m.name.startswith(name) for name in names)]
 
 
-def run(mutations: Iterable[Mutation]) -> dict[str, str | None]:
-    """By name: the test that turned red, or None where the mistake survived.
+def run(mutations: Sequence[Mutation]) -> Iterator[tuple[Mutation, str | None]]:
+    """Each mutation with the test that turned red, or None where the mistake survived.
 
     Raises:
         SystemExit: if one of the tests is red without any mistake.
     """
-    mutations = list(mutations)
-    outcomes: dict[str, str | None] = {}
     with tempfile.TemporaryDirectory() as folder:
         tree = Tree(Path(folder))
         for test in dict.fromkeys(test for mutation in mutations for test in mutation.tests):
             if red := tree.red(test):
                 raise SystemExit(f"{red} is red without any mistake; mend that first.")
         for mutation in mutations:
-            start = time.perf_counter()
-            red = outcomes[mutation.name] = tree.killed_by(mutation)
-            print(
-                f"{'killed' if red else 'SURVIVED':8s} {mutation.name:55s} {time.perf_counter() - start:4.0f} s  "
-                f"{red or 'none of ' + ', '.join(mutation.tests)}",
-                flush=True,
-            )
-    return outcomes
+            yield mutation, tree.killed_by(mutation)
 
 
 # The report -----------------------------------------------------------------------------------------------------------
@@ -1338,7 +1362,7 @@ def row_start(mutation: Mutation) -> str:
     return f"| `{mutation.operator}` | {mutation.rung} | {mutation.what} | "
 
 
-def write_report(outcomes: dict[str, str | None]) -> None:
+def write_report(outcomes: Mapping[str, str | None]) -> None:
     """Rows of mutations that were not run keep what they say."""
     old = REPORT.read_text(encoding="utf-8").splitlines() if REPORT.is_file() else []
     rows = []
@@ -1362,10 +1386,14 @@ def main() -> None:
     if arguments.list:
         print("\n".join(mutation.name for mutation in mutations))
         return
-    outcomes = run(mutations)
+    outcomes: dict[str, str | None] = {}
+    for mutation, red in run(mutations):
+        outcomes[mutation.name] = red
+        verdict = "killed" if red else "SURVIVED"
+        print(f"{verdict:8s} {mutation.name:52s} {red or 'none of ' + ', '.join(mutation.tests)}", flush=True)
+        if arguments.write:
+            write_report(outcomes)
     survivors = [name for name, red in outcomes.items() if red is None]
-    if arguments.write:
-        write_report(outcomes)
     print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} killed" + "".join(f"\n  {n}" for n in survivors))
     raise SystemExit(bool(survivors))
 
