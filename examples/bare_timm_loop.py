@@ -1,4 +1,4 @@
-"""Sparse fine-tuning in a plain timm loop with the kernels alone: Fisher by a hook, threshold, indices, AdamW on 5 %."""
+"""Sparse tuning in a plain timm loop with the kernels alone: Fisher by a hook, threshold, indices, AdamW on 5 %."""
 
 import timm
 import torch

@@ -44,8 +44,8 @@ else:
     selection = select(per_sample_fisher(model, losses, batches, params=backbone), fraction=0.05)
     selection.save(folder / "selection.safetensors")
 
-# Before the optimizer is built: the Trainer's own loading passes over layers whose names differ in the file, as those of
-# most vision transformers do in transformers 5.
+# The Trainer's own loading passes over layers whose names differ in the file, as those of most vision transformers do
+# (https://github.com/huggingface/transformers/issues/43701); from_pretrained does not. The optimizer comes after it.
 checkpoint = get_last_checkpoint(folder)
 if checkpoint is not None:
     model = ViTForImageClassification.from_pretrained(checkpoint)
