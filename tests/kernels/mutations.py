@@ -90,6 +90,10 @@ def ops(test: str) -> str:
     return f"tests/kernels/test_ops.py::{test}"
 
 
+def contract(test: str) -> str:
+    return f"tests/kernels/test_contract.py::{test}"
+
+
 COMPILED = "tests/kernels/triton/compiled/test_compiled.py::test_compiles_within_its_budget[sm_90]"
 
 # Where the code is ----------------------------------------------------------------------------------------------------
@@ -172,9 +176,8 @@ TRITON = (
         "the last tile of tokens reads the next sample's first", PER_SAMPLE_RED,
     ),
     Mutation(
-        "per_sample_squared_grad/triton/row-tail", PER_SAMPLE,
-        "inside = inside_o[:, None] & inside_i[None, :]", "inside = inside_i[None, :] & (o[:, None] <= O)",
-        "writes one row too many", PER_SAMPLE_RED,
+        "per_sample_squared_grad/triton/column-tail", PER_SAMPLE,
+        "inside_i = i < I", "inside_i = i <= I", "adds one column too many", PER_SAMPLE_RED,
     ),
     Mutation(
         "per_sample_squared_grad/triton/half-accumulator", PER_SAMPLE,
@@ -1211,7 +1214,49 @@ CONTRACT = (
         "compact/contract/fake-index-dtype", f"{PACKAGE}/ops.py",
         "dtype=torch.int32 if tensor.numel() <= 2**31 else torch.int64,", "dtype=torch.int32,",
         "traced indices of a large tensor are int32",
-        "tests/kernels/test_contract.py::test_shapes_and_dtypes_beyond_two_to_the_31_elements",
+        contract("test_shapes_and_dtypes_beyond_two_to_the_31_elements"),
+    ),
+    Mutation(
+        "dr_fim_score/contract/fake-dtype", f"{PACKAGE}/ops.py",
+        "torch.empty(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)",
+        "torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)", "traced float64 scores are float32",
+        contract("test_shapes_and_dtypes_beyond_two_to_the_31_elements"),
+    ),
+    Mutation(
+        "lists/contract/strides", f"{PACKAGE}/ops.py",
+        "return [tensor.contiguous() for tensor in tensors]",
+        "return [t.as_strided(t.shape, torch.empty(t.shape, device=\"meta\").stride()) for t in tensors]",
+        "reads any tensor as if it were contiguous", contract("test_what_is_read_may_have_any_strides"),
+    ),
+    Mutation(
+        "sparse_adamw/contract/gradient", f"{PACKAGE}/sparse_adamw/reference.py",
+        "g = grad.reshape(-1)[index].to(mean.dtype) * grad_scale",
+        "g = grad.mul_(grad_scale).reshape(-1)[index].to(mean.dtype)", "scales the caller's gradient",
+        contract("test_what_is_read_keeps_its_bits"),
+    ),
+    Mutation(
+        "values/contract/unwritten", f"{PACKAGE}/values/native.py",
+        "value.data_ptr(),\n            tensor.numel(),\n            index.numel(),",
+        "value.data_ptr(),\n            tensor.numel(),\n            max(index.numel() - 1, 0),",
+        "leaves the last gathered value as it was allocated",
+        contract("test_any_size_and_dtype_leaves_nothing_unwritten"),
+    ),
+    Mutation(
+        "lists/contract/threads", CHUNKS,
+        "walk(total * t / threads, total * (t + 1) / threads,",
+        "walk(total * t / threads, total * (t + 1) / threads - (t + 1 < threads),",
+        "results depend on the number of threads",
+        contract("test_the_same_call_gives_the_same_bits_on_any_number_of_threads"),
+    ),
+    Mutation(
+        "lists/contract/triton-at-import", f"{PACKAGE}/dispatch.py",
+        "import torch\n\nBACKENDS", "import torch\nimport triton\n\nBACKENDS", "the package needs triton",
+        contract("test_every_operator_runs_without_triton_the_library_and_a_gpu"),
+    ),
+    Mutation(
+        "gaussian_perturb/contract/step-in-the-graph", f"{PACKAGE}/ops.py",
+        "Scalar prior_precision, SymInt seed, SymInt step, ", "float prior_precision, SymInt seed, SymInt step, ",
+        "torch.compile makes the prior's precision a constant", contract("test_one_graph_serves_every_step"),
     ),
 )  # fmt: skip
 
