@@ -249,6 +249,21 @@ def test_sgvb_update_keeps_the_precision_positive(isa):
         assert (excess + 1.0 > 0).all()
 
 
+@pytest.mark.parametrize("lr", [1e-6, 1e-3, 0.4, 0.6, 3.0])
+def test_small_steps_of_the_precision_do_not_cancel(isa, lr):
+    """With β = 0 and eps = 0 Adam's step is ±lr exactly, and from E = 0 with τ⁻² = 1 the result is e^±lr − 1."""
+    n = 300
+    excess, state = torch.zeros(n), (torch.zeros(n), torch.zeros(n))
+    precision.precision_update_sgvb_(
+        [excess], [torch.ones(n)], [state[0]], [state[1]], lr, (0.0, 0.0), 0.0, 1.0, 1.0, 3, 4, 1, [0]
+    )
+    up, down = (float(torch.tensor(sign * lr, dtype=torch.float64).expm1()) for sign in (1, -1))
+    expected = torch.where(excess > 0, up, down).double()
+    assert (excess > 0).any() and (excess < 0).any()
+    # Half a unit each in lr, the step and the sum, times lr where the exponential grows, and 2 of the function itself.
+    torch.testing.assert_close(excess.double(), expected, rtol=(4 + 2 * lr) * ULP, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["f", "delta_f", "dr_fim", "dr_fim_variational"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores(isa, threads, kind, dtype):
@@ -294,6 +309,13 @@ def test_histogram_counts_keys(isa, threads, dtype, shift, bits, depth):
 
 def test_no_scores_give_an_empty_histogram(isa):
     assert threshold.key_histogram([torch.empty(0)], 21, 11, 0, 0).sum() == 0
+
+
+def test_counters_are_flushed_before_they_wrap():
+    """More than 2³² equal scores in one bin: the same half a million, listed often enough."""
+    scores = [torch.zeros(1 << 19)] * 8200
+    counts = threshold.key_histogram(scores, 31, 1, 0, 0)
+    assert counts.tolist() == [0, 8200 << 19, 0]
 
 
 def stable_top_k(scores: list[torch.Tensor], k: int) -> list[np.ndarray]:
@@ -414,6 +436,45 @@ def test_what_the_library_refuses(isa):
             native.call("ft_collect_bracket", rows, ctypes.addressof(bracket))
     with pytest.raises(ValueError, match="stride is 0"):
         native.call("ft_sample_scores", rows, 0, score.data_ptr())
+
+
+@pytest.fixture
+def fenced(monkeypatch):
+    """Makes tensors amid memory that must not change, those the backend allocates included; checks it at the end."""
+    margin, canary, buffers = 70_000, 113, []  # wider than any chunk
+
+    def make(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        buffer = torch.full((n + 2 * margin,), canary, dtype=dtype)
+        buffers.append((buffer, n))
+        return buffer[margin : margin + n]
+
+    monkeypatch.setattr(torch, "empty", lambda n, *, dtype=torch.float32, device=None: make(n, dtype))
+    yield make
+    for buffer, n in buffers:
+        assert (buffer[:margin] == canary).all() and (buffer[margin + n :] == canary).all()
+
+
+def test_compaction_writes_nothing_behind_an_index(isa, fenced):
+    generator = torch.Generator().manual_seed(5)
+    scores = [torch.randn(n, generator=generator) for n in SIZES]
+    indices = compaction.compact(scores, select_threshold(scores, 20_000))
+    assert sum(len(index) for index in indices) == 20_000
+
+
+def test_nothing_behind_a_tensor_is_written(isa, fenced):
+    sizes = [n for n in SIZES if n]
+    make = lambda dtype=torch.float32: [fenced(n, dtype).copy_(torch.rand(n)) for n in sizes]  # noqa: E731
+    for dtype in DTYPES:
+        a, b, c, half = make(), make(), make(), make(dtype)
+        squares.squared_grad_accumulate_(a, half, 0.5)
+        precision.precision_update_natural_(a, half, 0.1, 1.0)
+        offsets = [3] * len(sizes)
+        precision.precision_update_sgvb_(a, half, b, c, 0.1, (0.9, 0.99), 1e-8, 0.5, 1.0, 1, 2, 3, offsets)
+        scoring.dr_fim_score_(a, half, half, 2, "dr_fim", 0.5)
+        indices = [torch.arange(0, n, 2) for n in sizes]
+        state = [[fenced(len(index)).fill_(0.5) for index in indices] for _ in range(3)]
+        adamw.sparse_adamw_(half, half, indices, state[0], state[1], **ADAMW, step=1, master=state[2])
+        values.scatter_values_(half, indices, values.gather_values(half, indices))
 
 
 def selections(n: int, fraction: float, dtype: torch.dtype) -> torch.Tensor:

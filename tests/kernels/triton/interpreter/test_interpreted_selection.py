@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from interpreter_inputs import FLOATS, SIZES, Fenced, assert_close, doubles, normal, positive
+from interpreter_inputs import CANARY, FLOATS, SIZES, Fenced, assert_close, doubles, normal, positive
 
 import fishertune_kernels as fk
 from fishertune_kernels.select_threshold import reference as threshold_reference
@@ -135,6 +135,23 @@ def test_compaction_writes_int64_indices_where_a_tensor_is_too_large_for_int32(m
     assert all(torch.equal(a.long(), e.long()) for a, e in zip(actual, expected, strict=True))
 
 
+def test_nothing_behind_the_scores_is_ranked(gpu_digits):
+    """A fence behind every tensor would be its largest score."""
+    fence = Fenced()
+    scores = [fence(tensor) for tensor in scores_with_ties(torch.float32, 23)]
+    assert max(float(tensor.max()) for tensor in scores if tensor.numel()) < CANARY
+    threshold = fk.select_threshold(scores, 500)
+    assert sum(len(index) for index in fk.compact(scores, threshold)) == 500
+    assert int(fk.key_histogram(scores, shift=24, bits=8).sum()) == sum(tensor.numel() for tensor in scores)
+
+
+def test_the_index_dtype_changes_behind_two_to_the_31():
+    from fishertune_kernels.compact.triton import _index_dtype
+
+    assert _index_dtype(2**31) == torch.int32  # the last index is 2³¹ − 1
+    assert _index_dtype(2**31 + 1) == torch.int64
+
+
 def selection(seed, fraction=0.3):
     """At most 1023 of a tensor but the largest: one element short of a whole chunk."""
     generator = torch.Generator().manual_seed(seed)
@@ -148,23 +165,26 @@ def selection(seed, fraction=0.3):
 
 
 @pytest.mark.parametrize("master", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.6, -1.0])  # -1: whatever a masked lane holds passes the gate
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_sparse_adamw(dtype, gated, master):
+def test_sparse_adamw(dtype, threshold, master):
+    gated = threshold is not None
     fence = Fenced()
     params = [fence(p) for p in normal(SIZES, dtype, seed=30)]
     original = [p.clone() for p in params]
     indices = selection(31)
     mean, square = [fence(torch.zeros(len(i))) for i in indices], [fence(torch.zeros(len(i))) for i in indices]
     scores = [torch.rand(len(i), generator=torch.Generator().manual_seed(32)) for i in indices]
+    for s in scores:
+        s[::10] = threshold if gated else 0.0  # equal to the threshold is active
     copies = [fence(p.flatten()[i.long()].float()) for p, i in zip(params, indices, strict=True)]
     wide = [doubles(tensors) for tensors in (params, mean, square, copies)]
     for step in (1, 2):
         grads = normal(SIZES, torch.float32 if step == 1 else dtype, seed=40 + step)
         options = {
-            "lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "step": step, "grad_scale": 0.5,
+            "lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.1, "step": step, "grad_scale": 0.5,
         }  # fmt: skip
-        gate = {"active_threshold": 0.6} if gated else {}
+        gate = {"active_threshold": threshold} if gated else {}
         fk.sparse_adamw_(
             params, grads, indices, mean, square, **options, **gate,
             scores=scores if gated else None, master=copies if master else None,
@@ -184,11 +204,11 @@ def test_sparse_adamw(dtype, gated, master):
     if master:
         assert_close(copies, wide[3], atol=1e-6)
         for p, i, c, s in zip(params, indices, copies, scores, strict=True):
-            written = s >= 0.6 if gated else torch.ones_like(s, dtype=torch.bool)
+            written = s >= threshold if gated else torch.ones_like(s, dtype=torch.bool)
             assert torch.equal(p.flatten()[i.long()][written], c.to(dtype)[written])
     for p, o, i, s in zip(params, original, indices, scores, strict=True):
         free = torch.zeros(p.numel(), dtype=torch.bool)
-        free[i.long()[s >= 0.6] if gated else i.long()] = True
+        free[i.long()[s >= threshold] if gated else i.long()] = True
         assert torch.equal(p.flatten()[~free], o.flatten()[~free])
         assert gated or not len(i) or (p.flatten()[free] != o.flatten()[free]).any()
     fence.check()
