@@ -307,7 +307,9 @@ def test_compaction_stays_within_the_memory_a_wrong_threshold_gives_it(isa, thre
     scores = [awkward(n) for n in (70_001, 200_000)]
     right = select_threshold(scores, 40_000)
     wrong = right._replace(greater_per_tensor=(right.greater_per_tensor[0], right.greater_per_tensor[1] + extra))
-    with pytest.raises(ValueError, match=rf"stands for {40_000 + extra} elements but the scores hold 40000.*scores\[1\]"):
+    with pytest.raises(
+        ValueError, match=rf"stands for {40_000 + extra} elements but the scores hold 40000.*scores\[1\]"
+    ):
         compaction.compact(scores, wrong)
 
 

@@ -176,7 +176,13 @@ def test_changing_hyper_parameters_do_not_recompile(backend: str) -> None:
 def test_empty_lists_and_inference_tensors(backend: str, operator: str) -> None:
     with torch.inference_mode():
         getattr(torch.ops.fishertune, operator).default(*sample_arguments(operator))
-    if operator in ("per_sample_squared_grad_", "key_histogram", "collect_bracket", "select_threshold", "dr_fim_threshold_"):
+    if operator in (
+        "per_sample_squared_grad_",
+        "key_histogram",
+        "collect_bracket",
+        "select_threshold",
+        "dr_fim_threshold_",
+    ):
         return
     arguments = [[] if isinstance(a, list) else a for a in sample_arguments(operator)]
     assert getattr(torch.ops.fishertune, operator).default(*arguments) in (None, [])

@@ -45,7 +45,8 @@ TYPES = {
     "N": "i32", "T": "i32", "O": "i32", "I": "i32", "accumulator": "*fp32", "sums": "*fp32",
 }  # fmt: skip
 # Torch's allocations begin at multiples of 16 bytes, and the features of a transformer are multiples of 16.
-MULTIPLES_OF_16 = {"pointers", "layout", "owners", "counts", "numbers", "runs", "sample", "cursor", "candidates", "before", "quotas", "accumulator", "sums", "x", "dy",
+MULTIPLES_OF_16 = {"pointers", "layout", "owners", "counts", "numbers", "runs", "sample", "cursor", "candidates",
+                   "before", "quotas", "accumulator", "sums", "x", "dy",
                    "O", "I"}  # fmt: skip
 
 
