@@ -4,9 +4,9 @@
 
 Rivals run in the same process on the same scores and are checked against one another before timing. Required,
 as ratios of medians: the threshold ≥ 14 × faster than torch.kthvalue, ≥ 2 × faster than numpy.partition and without
-their copy of the scores; compaction ≥ 10 × faster than torch.nonzero. torch.sum, one read of the scores, is timed beside
-them: the threshold cannot be faster, nor compaction. Ours uses every thread, numpy and kthvalue one: on a
-busy machine the ratios mean little. FISHERTUNE_BENCH_ELEMENTS sets another number of scores.
+their copy of the scores; compaction ≥ 10 × faster than torch.nonzero. torch.sum, one read of the scores, is timed
+beside them as what neither can beat. Ours uses every thread, numpy and kthvalue one: on a busy machine the ratios mean
+little. FISHERTUNE_BENCH_ELEMENTS sets another number of scores.
 """
 
 from __future__ import annotations
