@@ -375,3 +375,29 @@ def test_a_library_without_cuda_has_every_function_and_says_why(
     for name, arguments in native._CUDA_ARGUMENTS.items():
         given = [null if argument is ctypes.c_void_p else 0 for argument in arguments]
         assert getattr(native.lib(), name)(null, 0, 0, *given, 0, null) == 3
+
+
+@pytest.mark.parametrize(
+    ("version", "explanation"),
+    [(native.ABI_VERSION - 1, "has interface version 1, this package needs 2"), (native.ABI_VERSION, "is older than")],
+)
+def test_an_old_library_is_explained_at_first_use(
+    use_library: Callable[[Path], None],
+    libraries: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: int,
+    explanation: str,
+) -> None:
+    """Another interface version, or the same one from before a function was added to it."""
+    source, old = tmp_path / "old.cpp", tmp_path / "old.so"
+    source.write_text(f'extern "C" int ft_abi_version() {{ return {version}; }}\n')
+    link(old, source)
+    use_library(old)
+    for reason in (native.why_not(), native.cuda_why_not()):
+        assert explanation in str(reason)
+        assert "rebuild it with `python setup.py build_native`" in str(reason)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setenv("FISHERTUNE_BACKEND", "compact=cuda")
+    with pytest.raises(RuntimeError, match=f"cannot run compact on cuda tensors: .*{explanation}"):
+        dispatch.implementation("compact", torch.device("cuda"), {torch.float32})
