@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 
-.PHONY: demo test lint types suite setup native bench gpu clean
+.PHONY: demo test lint types suite setup native bench gpu mutations clean
 
 demo: setup
 	$(BIN)/fishertune demo --resume
@@ -42,6 +42,10 @@ bench: setup
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu_acceptance.py
+
+# Breaks a copy of the kernels in every listed way and expects a test to turn red each time (the better part of an hour).
+mutations: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kernels/mutations.py --write
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/fishertune_kernels/lib

@@ -32,14 +32,17 @@ _DOUBLE, _INT, _UINT64, _POINTER = ctypes.c_double, ctypes.c_int32, ctypes.c_uin
 # Arguments between (rows, n_rows) and threads.
 _ARGUMENTS: dict[str, list[type]] = {
     "ft_squared_grad_accumulate": [_DOUBLE],
+    "ft_per_sample_affine": [_DOUBLE],
     "ft_gaussian_perturb": [_DOUBLE, _UINT64, _UINT64, _DOUBLE],
     "ft_precision_update_natural": [_DOUBLE, _DOUBLE],
     "ft_precision_update_sgvb": [_POINTER],
-    "ft_dr_fim_score": [_INT, _DOUBLE, _DOUBLE, _DOUBLE, _DOUBLE, ctypes.c_int64],
+    "ft_dr_fim_score": [_INT, _DOUBLE, _DOUBLE, _DOUBLE, _DOUBLE, ctypes.c_int64, _POINTER],
     "ft_key_histogram": [_INT, _INT, ctypes.c_uint32, ctypes.c_uint32, _POINTER],
-    "ft_compact_count": [ctypes.c_float, _POINTER, _POINTER],
-    "ft_compact_write": [ctypes.c_float, _POINTER],
+    "ft_sample_scores": [ctypes.c_int64, _POINTER],
+    "ft_collect_bracket": [_POINTER],
+    "ft_compact": [ctypes.c_float, _POINTER],
     "ft_sparse_adamw": [_POINTER],
+    "ft_selected_grad_norm": [_POINTER],
     "ft_gather_values": [],
     "ft_scatter_values": [],
 }
@@ -106,8 +109,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.ft_cuda_table.restype = ctypes.c_int32
     library.ft_cuda_compact_workspace.argtypes = [_COUNT]
     library.ft_cuda_compact_workspace.restype = ctypes.c_int64
-    library.ft_compact_plan_size.argtypes = [_ROWS, _COUNT]
-    library.ft_compact_plan_size.restype = ctypes.c_int64
     library.ft_set_isa.argtypes = [ctypes.c_char_p]
     library.ft_set_isa.restype = ctypes.c_int32
     library.ft_isa.restype = ctypes.c_char_p

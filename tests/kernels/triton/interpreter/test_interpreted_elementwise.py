@@ -143,7 +143,7 @@ def test_precision_update_sgvb(dtype):
     for step in (1, 2, 3):
         grads = normal(SIZES, dtype, seed=10 + step)
         arguments = {
-            "lr": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "gamma": 0.7, "prior_precision": 0.01, "seed": 5,
+            "lr": 0.05, "betas": (0.9, 0.999), "eps": 1e-3, "gamma": 0.7, "prior_precision": 0.01, "seed": 5,
             "noise_step": 100 + step, "step": step, "offsets": offsets, "sign": -1.0 if step == 2 else 1.0,
         }  # fmt: skip
         fk.precision_update_sgvb_(excess, grads, mean, square, **arguments)
@@ -166,10 +166,10 @@ def test_precision_stays_positive_under_a_huge_step():
 
 
 @pytest.mark.parametrize("kind", ["f", "delta_f", "dr_fim", "dr_fim_variational"])
-@pytest.mark.parametrize("dtypes", [FLOATS, (torch.float32,)])
-def test_dr_fim_score(kind, dtypes):
+@pytest.mark.parametrize(("dtypes", "eps"), [(FLOATS, 1e-8), ((torch.float32,), 0.3)])  # 0.3: eps or eps/γ is seen
+def test_dr_fim_score(kind, dtypes, eps):
     fisher, shifted = mixed(positive(SIZES, seed=8), dtypes), mixed(positive(SIZES, seed=9), dtypes)
-    options = {"kind": kind, "c": 0.7, "gamma": 2.0, "prior_precision": 1e-3, "eps": 1e-8}
+    options = {"kind": kind, "c": 0.7, "gamma": 2.0, "prior_precision": 1e-3, "eps": eps}
     expected = score_reference.dr_fim_score(doubles(fisher), doubles(shifted), **options)
     # F − F' is exact to half a unit of the larger value; relative to the difference that can be 2⁻²⁴·F/|F − F'|,
     # and these random pairs differ by more than 1e-4 of themselves.
@@ -196,3 +196,13 @@ def test_a_repeated_call_reuses_its_tables_and_a_new_size_does_not():
     fk.squared_grad_accumulate_(accumulator[:100], grad[:100])  # the same addresses
     assert triton_common._layout.cache_info().misses == 2
     assert torch.equal(accumulator, torch.cat((torch.full((100,), 3.0), torch.full((4900,), 2.0))))
+
+
+def test_alignment_is_claimed_where_it_holds():
+    """A vector load from an address that is no multiple of its size is a fault on a GPU."""
+    from fishertune_kernels import triton_common
+
+    whole = torch.zeros(40)
+    for shift in range(5):
+        table = triton_common.list_table(1024, [whole[shift:]], [torch.zeros(40 - shift)])
+        assert table.aligned == (whole[shift:].data_ptr() % 16 == 0)

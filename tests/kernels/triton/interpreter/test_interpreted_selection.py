@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from interpreter_inputs import FLOATS, SIZES, Fenced, assert_close, doubles, normal
+from interpreter_inputs import CANARY, FLOATS, SIZES, Fenced, assert_close, doubles, normal, positive
 
 import fishertune_kernels as fk
 from fishertune_kernels.select_threshold import reference as threshold_reference
@@ -57,6 +57,65 @@ def test_threshold_and_compaction(gpu_digits, dtype, k):
     assert all(index.dtype == torch.int32 for index in indices)
 
 
+@pytest.mark.parametrize("stride", [1, 7, 64, 5000])
+def test_sample(stride):
+    from fishertune_kernels.select_threshold import triton as backend
+
+    scores = [s.to(FLOATS[i % 3]) for i, s in enumerate(normal(SIZES, seed=23))]
+    ours, expected = backend.sample_scores(scores, stride), threshold_reference.sample_scores(scores, stride)
+    assert torch.equal(ours.nan_to_num(nan=-9.0), expected.nan_to_num(nan=-9.0))
+
+
+@pytest.mark.parametrize(("dtypes", "shift"), [((torch.float32,), 0), (FLOATS, 1)])
+@pytest.mark.parametrize(("low", "high"), [
+    (0, 2**32 - 1), (0xBF800000, 0xBF800000), (0x80000000, 0x80000000), (0x40000000, 0xBF400000), (1, 2),
+])  # fmt: skip
+def test_collect_bracket(dtypes, low, high, shift):
+    scores = [Fenced(shift)(s.to(dtypes[i % len(dtypes)])) for i, s in enumerate(scores_with_ties(torch.float32, 24))]
+    scores[5][::1000] = float("nan")
+    counts, expected = threshold_reference.collect_bracket(scores, low, high, 10**5)
+    assert counts[5, 2] == 10
+    for capacity in {len(expected), max(len(expected) - 1, 0), 0}:
+        ours, candidates = fk.collect_bracket(scores, low=low, high=high, capacity=capacity)
+        assert torch.equal(ours, counts)
+        fits = capacity >= len(expected)
+        assert torch.equal(candidates.sort().values, expected.sort().values if fits else expected[:0])
+
+
+@pytest.mark.parametrize("kind", ["f", "dr_fim_variational"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_scores_and_their_bracket_in_one_pass(dtype, kind):
+    from fishertune_kernels.dr_fim_score import triton as backend
+
+    fence = Fenced()
+    fisher, shifted = positive(SIZES, dtype, seed=25), positive(SIZES, dtype, seed=26)
+    scores = [fence(start) for start in positive(SIZES, seed=27)]
+    apart = [score.clone() for score in scores]
+    options, bracket = (2, kind, 0.7, 2.0, 1e-3, 1e-8), (0xB8000000, 0xBA000000, 9000)
+    counts, candidates = backend.dr_fim_score_collect_(scores, fisher, shifted, *options, *bracket)
+    backend.dr_fim_score_(apart, fisher, shifted, *options)
+    assert all(torch.equal(a, b) for a, b in zip(scores, apart, strict=True))
+    expected_counts, expected = threshold_reference.collect_bracket(apart, *bracket)
+    assert torch.equal(counts, expected_counts)
+    assert 0 < len(expected) <= 9000 and torch.equal(candidates.sort().values, expected.sort().values)
+    fence.check()
+
+
+@pytest.mark.parametrize("k", [1, 300, 7000])
+def test_a_sample_brackets_the_threshold(gpu_digits, monkeypatch, k):
+    monkeypatch.setattr(search, "SMALL", 1)
+    monkeypatch.setattr(search, "LARGEST_SHARE", 1)
+    scores = normal(SIZES, seed=28)
+    calls = []
+    monkeypatch.setattr(search, "_brackets", lambda *a, of=search._brackets: (calls.append(b) or b for b in of(*a)))
+    threshold = fk.select_threshold(scores, k)
+    flat = torch.cat([s.flatten() for s in scores])
+    assert threshold.value == flat.topk(k).values[-1].item() and threshold.n_greater + threshold.n_ties_kept == k
+    assert len(calls) == 1 and calls[0].low < calls[0].high
+    means = [torch.empty_like(s) for s in scores]
+    assert fk.dr_fim_threshold_(means, scores, None, k, count=1, kind="f", c=0.0) == threshold
+
+
 def test_compaction_of_mixed_dtypes_and_of_everything_equal(gpu_digits):
     scores = [torch.full((3000,), 0.5, dtype=dtype) for dtype in FLOATS]
     threshold = fk.select_threshold(scores, 4100)
@@ -76,6 +135,23 @@ def test_compaction_writes_int64_indices_where_a_tensor_is_too_large_for_int32(m
     assert all(torch.equal(a.long(), e.long()) for a, e in zip(actual, expected, strict=True))
 
 
+def test_nothing_behind_the_scores_is_ranked(gpu_digits):
+    """A fence behind every tensor would be its largest score."""
+    fence = Fenced()
+    scores = [fence(tensor) for tensor in scores_with_ties(torch.float32, 23)]
+    assert max(float(tensor.max()) for tensor in scores if tensor.numel()) < CANARY
+    threshold = fk.select_threshold(scores, 500)
+    assert sum(len(index) for index in fk.compact(scores, threshold)) == 500
+    assert int(fk.key_histogram(scores, shift=24, bits=8).sum()) == sum(tensor.numel() for tensor in scores)
+
+
+def test_the_index_dtype_changes_behind_two_to_the_31():
+    from fishertune_kernels.compact.triton import _index_dtype
+
+    assert _index_dtype(2**31) == torch.int32  # the last index is 2³¹ − 1
+    assert _index_dtype(2**31 + 1) == torch.int64
+
+
 def selection(seed, fraction=0.3):
     """At most 1023 of a tensor but the largest: one element short of a whole chunk."""
     generator = torch.Generator().manual_seed(seed)
@@ -89,23 +165,26 @@ def selection(seed, fraction=0.3):
 
 
 @pytest.mark.parametrize("master", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.6, -1.0])  # -1: whatever a masked lane holds passes the gate
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_sparse_adamw(dtype, gated, master):
+def test_sparse_adamw(dtype, threshold, master):
+    gated = threshold is not None
     fence = Fenced()
     params = [fence(p) for p in normal(SIZES, dtype, seed=30)]
     original = [p.clone() for p in params]
     indices = selection(31)
     mean, square = [fence(torch.zeros(len(i))) for i in indices], [fence(torch.zeros(len(i))) for i in indices]
     scores = [torch.rand(len(i), generator=torch.Generator().manual_seed(32)) for i in indices]
+    for s in scores:
+        s[::10] = threshold if gated else 0.0  # equal to the threshold is active
     copies = [fence(p.flatten()[i.long()].float()) for p, i in zip(params, indices, strict=True)]
     wide = [doubles(tensors) for tensors in (params, mean, square, copies)]
     for step in (1, 2):
         grads = normal(SIZES, torch.float32 if step == 1 else dtype, seed=40 + step)
         options = {
-            "lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "step": step, "grad_scale": 0.5,
+            "lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.1, "step": step, "grad_scale": 0.5,
         }  # fmt: skip
-        gate = {"active_threshold": 0.6} if gated else {}
+        gate = {"active_threshold": threshold} if gated else {}
         fk.sparse_adamw_(
             params, grads, indices, mean, square, **options, **gate,
             scores=scores if gated else None, master=copies if master else None,
@@ -125,11 +204,11 @@ def test_sparse_adamw(dtype, gated, master):
     if master:
         assert_close(copies, wide[3], atol=1e-6)
         for p, i, c, s in zip(params, indices, copies, scores, strict=True):
-            written = s >= 0.6 if gated else torch.ones_like(s, dtype=torch.bool)
+            written = s >= threshold if gated else torch.ones_like(s, dtype=torch.bool)
             assert torch.equal(p.flatten()[i.long()][written], c.to(dtype)[written])
     for p, o, i, s in zip(params, original, indices, scores, strict=True):
         free = torch.zeros(p.numel(), dtype=torch.bool)
-        free[i.long()[s >= 0.6] if gated else i.long()] = True
+        free[i.long()[s >= threshold] if gated else i.long()] = True
         assert torch.equal(p.flatten()[~free], o.flatten()[~free])
         assert gated or not len(i) or (p.flatten()[free] != o.flatten()[free]).any()
     fence.check()
