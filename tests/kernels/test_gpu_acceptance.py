@@ -1,6 +1,7 @@
 """The GPU acceptance command: its logic runs on a CPU, sees what is wrong, goes on where it was cut, and never invents
 a GPU figure."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -338,6 +339,13 @@ def test_a_rival_is_timed_only_if_its_answer_is_ours(bench):
     assert by_name["broken"].note.startswith("RuntimeError") and by_name["broken"].median_ms is None
 
 
+@pytest.mark.parametrize("off", [2.0, float("nan")])
+def test_a_rival_beyond_the_tolerance_has_no_time(bench, off):
+    strict = dataclasses.replace(work(rival=lambda p: lambda: [p + p]), differs=lambda actual, expected: off)
+    (rival,) = [timing for timing in race.race(bench, strict) if timing.role == "rival"]
+    assert rival.median_ms is None and rival.note.startswith("wrong")
+
+
 def test_an_error_of_ours_is_an_error(bench):
     def out_of_memory(problem):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -373,6 +381,12 @@ def test_errors_are_measured_against_the_tolerance():
     assert compare.error([torch.empty(0)], [torch.empty(0)]) == 0
     assert compare.of_largest(0.1)([one * 1.05], [one]) == pytest.approx(0.5, rel=1e-4)
     assert compare.of_largest(0.1)([one * float("nan")], [one]) == float("inf")
+
+
+def test_outputs_are_allocated_over_nan_while_a_check_runs():
+    empty = compare.Case("x", lambda: [torch.empty(64)], lambda actual: 0.0 if actual[0].isnan().all() else 2.0)
+    assert compare.check("x", empty).passed
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_same_bits_tells_zeros_and_nans_apart():
