@@ -19,7 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from acceptance import compare, goals, measure, race, records, results, roofline, runner, supervise  # noqa: E402
 from acceptance.operator import NotHere, Part  # noqa: E402
-from acceptance.parts import OPERATORS, all_parts, fisher, limits, profiles  # noqa: E402
+from acceptance.parts import OPERATORS, all_parts, cpu_parts, fisher, limits, profiles  # noqa: E402
 from acceptance.records import Check, Launches, Limit, Timing  # noqa: E402
 from acceptance.report import report  # noqa: E402
 
@@ -297,6 +297,14 @@ def test_a_part_that_runs_over_the_whole_time_is_cut_and_not_failed(tmp_path, mo
     }
 
 
+def test_the_parts_run_in_a_process_of_their_own(command, tmp_path, capsys):
+    assert command.main(["--cpu", "--minutes", "0", "--out", str(tmp_path)]) == 0
+    parts = written(tmp_path)["parts"]
+    assert list(parts) == [part.name for part in cpu_parts()]
+    assert {part["state"] for part in parts.values()} == {"not run"}
+    assert "goes on with the rest" in capsys.readouterr().out
+
+
 def test_a_worker_that_cannot_even_start_is_not_started_for_ever(tmp_path):
     path = tmp_path / "card.json"
     results.Results(path, {"quick": False}).write()
@@ -475,6 +483,12 @@ def test_goals_are_met_by_figures_that_meet_them():
 def test_a_slower_kernel_falls_short_of_its_goal_only(operator, part_of_name):
     short = {goal for goal, state in states(facts(**{operator: 1.4})).items() if state == goals.SHORT}
     assert short and all(part_of_name in goal for goal in short)
+
+
+def test_the_slowest_layer_decides():
+    slow = Timing("per_sample_squared_grad_", "ViT-L proj bf16", "invented", "ours", "ours", median_ms=1.4)
+    short = {goal for goal, state in states([*facts(), slow]).items() if state == goals.SHORT}
+    assert short == {"per-sample squares, ViT-L: share of cuBLAS's weight-gradient rate"}
 
 
 def test_a_fast_wrong_kernel_reaches_no_goal():

@@ -34,6 +34,16 @@ OPERATORS: tuple[Operator, ...] = (
 )
 
 
+def cpu_parts() -> list[Part]:
+    """What a CPU can be measured by: operators that stream memory, beside its own copy bandwidth."""
+    streaming = [operator for operator in OPERATORS if operator is not per_sample_squared_grad.OPERATOR]
+    return [
+        *(operator.checks() for operator in streaming),
+        limits.PART,
+        *(part for goal in (True, False) for operator in streaming for part in operator.timings(goal)),
+    ]
+
+
 def all_parts() -> list[Part]:
     return [
         *(operator.checks() for operator in OPERATORS),
