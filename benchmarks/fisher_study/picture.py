@@ -249,7 +249,8 @@ def _limits(data: dict[str, Any]) -> list[str]:
         lines.append(
             f"* Weights of {value['count']} images in the sum: as good as {value['effective']:.0f} equal ones; the "
             f"heaviest 5 % hold {value['share_of_heaviest_5_percent']:.0%}, the heaviest has "
-            f"{value['heaviest_over_median']:.0f} times the median."
+            f"{value['heaviest_over_median']:.0f} times the median. Rank correlation of weight and loss: "
+            f"{value['rank_correlation_with_loss']:.2f}."
         )
     return lines
 
