@@ -26,14 +26,14 @@ setup: $(SETUP)
 
 # torch first and pinned: whatever asks for plain "torch" later is then satisfied. With an NVIDIA GPU the same pin takes
 # the CUDA build; TORCH_INDEX names another wheel index, e.g. the CPU one of the PyTorch project.
-$(SETUP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
+$(SETUP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# Rebuilds the C++ library in place after a change in csrc/.
+# Rebuilds the native library in place after a change in csrc/; FISHERTUNE_CUDA=ON, OFF or AUTO decides on its CUDA part.
 native: setup
 	$(BIN)/python setup.py build_native
 

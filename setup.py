@@ -1,7 +1,10 @@
-"""Build: two packages from two folders, and the C++ library inside one of them. Metadata is in pyproject.toml.
+"""Build: two packages from two folders, and the compiled library inside one of them. Metadata is in pyproject.toml.
 
 ``python setup.py build_native`` compiles the library into the source tree, where development and editable installs find
 it. An install goes on without the library where it cannot be compiled, and says so.
+
+The environment variable FISHERTUNE_CUDA says whether the library gets its CUDA kernels: AUTO, the default, where nvcc
+works; ON, or the build fails; OFF. It adds seconds to the build and 1.5 MB to the library.
 """
 
 from __future__ import annotations
@@ -28,7 +31,24 @@ COST = (
 
 
 def compile_library(target: Path) -> str | None:
-    """Compile csrc/ with CMake and put the library into ``target``. Returns why that failed, or None."""
+    """Compile csrc/ and put the library into ``target``. Returns why that failed, or None."""
+    cuda = os.environ.get("FISHERTUNE_CUDA", "AUTO").upper()
+    if cuda not in ("AUTO", "ON", "OFF"):
+        raise SystemExit(f"FISHERTUNE_CUDA={cuda} is not known. Set it to AUTO, ON or OFF, or unset it for AUTO.")
+    reason = run_cmake(target, f"-DFISHERTUNE_CUDA={cuda}")
+    if reason is not None and cuda == "ON":
+        raise SystemExit(f"FISHERTUNE_CUDA=ON, but {reason}")
+    if reason is not None and cuda == "AUTO":
+        # Whatever is wrong with CUDA here must not cost the CPU kernels.
+        message = "compiling its CUDA part failed"
+        if run_cmake(target, "-DFISHERTUNE_CUDA=OFF", f"-DFISHERTUNE_CUDA_REASON={message}") is None:
+            print(f"\nWARNING: fishertune's native library is without CUDA kernels: {reason}\n", file=sys.stderr)
+            return None
+    return reason
+
+
+def run_cmake(target: Path, *options: str) -> str | None:
+    """Configure, build, install. Returns why that failed, or None."""
     shutil.rmtree(target, ignore_errors=True)  # an older library must not pass for a fresh one
     cmake = shutil.which("cmake")
     if cmake is None:
@@ -37,7 +57,10 @@ def compile_library(target: Path) -> str | None:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     steps = (
         # Fresh: a cache made in another build environment names a cmake and a ninja that are gone.
-        ("configure", [cmake, "--fresh", *generator, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]),
+        (
+            "configure",
+            [cmake, "--fresh", *generator, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *options],
+        ),
         ("build", [cmake, "--build", str(build), "--config", "Release", "--parallel", str(os.cpu_count() or 1)]),
         ("install", [cmake, "--install", str(build), "--config", "Release", "--prefix", str(target)]),
     )
@@ -45,9 +68,12 @@ def compile_library(target: Path) -> str | None:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         if done.returncode != 0:
             shutil.rmtree(target, ignore_errors=True)
+            lines = done.stdout.splitlines()
+            # Other files were still being compiled when one failed: its message may be further up.
+            telling = [line for line in lines[:-15] if "error" in line.lower()][:5] + lines[-15:]
             return (
                 f"the CMake {step} step failed; usually a C++17 compiler is missing (for example "
-                "`apt-get install g++`). Its last lines:\n" + "\n".join(done.stdout.splitlines()[-15:])
+                "`apt-get install g++`). What it printed:\n" + "\n".join(telling)
             )
     return None
 
@@ -57,14 +83,14 @@ def compile_or_explain(target: Path) -> bool:
     reason = compile_library(target)
     if reason is None:
         return True
-    print(f"\nWARNING: fishertune is installed without its native CPU library: {reason}\n{COST}\n", file=sys.stderr)
+    print(f"\nWARNING: fishertune is installed without its native library: {reason}\n{COST}\n", file=sys.stderr)
     target.mkdir(parents=True, exist_ok=True)
     (target / REASON_FILE).write_text(reason + "\n", encoding="utf-8")
     return False
 
 
 class BuildNative(Command):
-    description = "compile the C++ library into the source tree"
+    description = "compile the native library into the source tree"
     user_options: ClassVar[list[tuple[str, str | None, str]]] = []
 
     def initialize_options(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fishertune.selection import ActiveThreshold, Schedule, Selection
-from fishertune_kernels import gather_values, scatter_values_, sparse_adamw_
+from fishertune_kernels import gather_values, scatter_values_, selected_grad_norm, sparse_adamw_
 
 NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -26,6 +26,8 @@ class _Sparse:
     name: str
     indices: Tensor
     scores: Tensor | None
+    offset: int
+    """Of its first element when all parameters the selection scored are one long vector."""
     shape: torch.Size
     dtype: torch.dtype
 
@@ -65,11 +67,23 @@ class SparseAdamW(torch.optim.Optimizer):
         master: keep an fp32 copy of the selected elements of bf16 and fp16 parameters, and round it into the parameter
             at each step, so that small updates add up. The copy is read when the first step is taken, so weights may be
             loaded before that; weights loaded later must come with their optimizer state.
+        rounding: "stochastic" rounds bf16 parameters at random in proportion to what is dropped, so that small updates
+            add up on average without the memory of ``master``; float32 parameters beside them need no such help. The
+            bits depend on seed, step and the element's place in the selection's parameters alone: a resumed run draws
+            the same ones, and param groups may be split in any way.
+        seed: of the stochastic rounding. It is part of ``state_dict()``.
+        max_norm: clips within every step, by the norm :meth:`clip_selected_grad_norm_` has. The factor goes into the
+            step's kernel: the gradients of selected elements are read once more and not written (those of dense groups
+            are scaled in place), and the host does not wait for the device. The norm is then in :attr:`grad_norm`.
 
     Raises:
         TypeError: for parameters that are no dense floating-point leaf tensors, or a ``growth`` that is no schedule.
-        ValueError: for a selection whose names or shapes do not fit the parameters, or hyper-parameters out of range.
+        ValueError: for a selection whose names or shapes do not fit the parameters, hyper-parameters out of range, or
+            stochastic rounding where it means nothing.
     """
+
+    grad_norm: Tensor | None = None
+    """Norm of the last step's gradient before clipping, a scalar tensor; None without ``max_norm``."""
 
     def __init__(
         self,
@@ -82,11 +96,22 @@ class SparseAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         growth: Schedule | None = None,
         master: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
+        max_norm: float | None = None,
     ) -> None:
         if growth is not None and not hasattr(growth, "bind"):
             raise TypeError(f"growth must be a schedule such as Growth(0.01, 0.05, 1000), got {type(growth).__name__}.")
         groups = _named_groups(named_parameters)
         _check_fit(groups, selection)
+        if max_norm is not None:
+            _check_max_norm(max_norm)
+        self._max_norm = max_norm
+        _check_rounding(rounding, seed, master, [pair for group in groups for pair in group["params"]], selection)
+        offsets, total = {}, 0
+        for name, shape in selection.shapes.items():
+            offsets[name] = total
+            total += math.prod(shape)
         self._active_threshold: ActiveThreshold | None = None if growth is None else growth.bind(selection)
         self._keep_master = master
         self._sparse: dict[Tensor, _Sparse] = {}
@@ -97,10 +122,11 @@ class SparseAdamW(torch.optim.Optimizer):
             for name, param in named:
                 scores = None if growth is None else selection.scores[name].to(param.device, _state_dtype(param))
                 indices = selection.indices[name].to(param.device)
-                self._sparse[param] = _Sparse(name, indices, scores, param.shape, param.dtype)
+                self._sparse[param] = _Sparse(name, indices, scores, offsets[name], param.shape, param.dtype)
             if named:
                 own = {"params": [param for _, param in named], "names": [name for name, _ in named]}
-                sparse_groups.append({**group, **own, "selection": digest, "growth_step": 0})
+                fixed = {"selection": digest, "rounding_seed": seed if rounding == "stochastic" else None}
+                sparse_groups.append({**group, **own, **fixed, "growth_step": 0})
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(sparse_groups, defaults)
 
@@ -181,9 +207,10 @@ class SparseAdamW(torch.optim.Optimizer):
         if any(_is_sparse(group) for group, _ in moving):
             for group in filter(_is_sparse, self.param_groups):
                 group["growth_step"] += 1
+        scale = None if self._max_norm is None else self._clip_factor(self._max_norm)
         for group, params in moving:
             if _is_sparse(group):
-                self._step_selected(group, params)
+                self._step_selected(group, params, scale)
             else:
                 self._step_dense(group, params)
         return loss
@@ -204,8 +231,35 @@ class SparseAdamW(torch.optim.Optimizer):
                     "Move or convert the model first and build the optimizer afterwards."
                 )
 
-    def _step_selected(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _clip_factor(self, max_norm: float) -> Tensor:
+        """Measures the gradient, scales that of dense groups, and returns the factor for the selected elements."""
+        together, dense = self._gradients()
+        norms = [selected_grad_norm(grads, indices) for grads, indices in together]
+        self.grad_norm = _joint_norm(norms, dense)
+        scale = _scale(max_norm, self.grad_norm)
+        for gradient in dense:
+            gradient.mul_(scale.to(gradient.device))
+        return scale
+
+    def _gradients(self) -> tuple[list[tuple[list[Tensor], list[Tensor]]], list[Tensor]]:
+        """Gradients of sparse groups with their indices, split by device and dtype, and those of dense groups."""
+        together: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        dense = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if _is_sparse(group):
+                    grads, indices = together.setdefault((param.grad.device, param.grad.dtype), ([], []))
+                    grads.append(param.grad)
+                    indices.append(self._sparse[param].indices)
+                else:
+                    dense.append(param.grad)
+        return list(together.values()), dense
+
+    def _step_selected(self, group: dict[str, Any], params: list[Tensor], scale: Tensor | None) -> None:
         threshold = None if self._active_threshold is None else self._active_threshold(group["growth_step"])
+        seed = group.get("rounding_seed")  # a state saved before there was one has none
         together: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         for param in params:
             state = self.state[param]
@@ -213,7 +267,7 @@ class SparseAdamW(torch.optim.Optimizer):
                 state["master"].copy_(gather_values([param], [self._sparse[param].indices])[0])
             state["step"] += 1
             together[param.device, param.dtype, "master" in state, int(state["step"])].append(param)
-        for (_, _, has_master, step), members in together.items():
+        for (device, dtype, has_master, step), members in together.items():
             states = [self.state[param] for param in members]
             fixed = [self._sparse[param] for param in members]
             sparse_adamw_(
@@ -229,7 +283,11 @@ class SparseAdamW(torch.optim.Optimizer):
                 step=step,
                 scores=[sparse.scores for sparse in fixed if sparse.scores is not None] or None,
                 active_threshold=threshold,
+                grad_scale=1.0 if scale is None else scale.to(device, _state_dtype(members[0])),
                 master=[state["master"] for state in states] if has_master else None,
+                rounding="stochastic" if seed is not None and dtype == torch.bfloat16 else "nearest",
+                seed=seed or 0,
+                offsets=[sparse.offset for sparse in fixed],
             )
 
     def _step_dense(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -258,7 +316,8 @@ class SparseAdamW(torch.optim.Optimizer):
 
         ``torch.nn.utils.clip_grad_norm_`` measures whole tensors, of which 95 % may never move. Here the norm is that
         of the vector being stepped, and only its elements of ``.grad`` are scaled, in place. Elements that growth still
-        holds back count: their moments see the gradient.
+        holds back count: their moments see the gradient. ``max_norm`` of the constructor does the same within the step
+        and leaves ``.grad`` alone, which saves writing it.
 
         Args:
             max_norm: largest norm left.
@@ -271,31 +330,28 @@ class SparseAdamW(torch.optim.Optimizer):
             ValueError: if ``max_norm`` is negative or NaN.
             RuntimeError: for a norm that is not finite, if asked to.
         """
-        if not max_norm >= 0:
-            raise ValueError(f"max_norm must be at least 0, got {max_norm}.")
-        grads, indices, dense = [], [], []
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if _is_sparse(group):
-                    grads.append(param.grad)
-                    indices.append(self._sparse[param].indices)
-                else:
-                    dense.append(param.grad)
-        values = gather_values(grads, indices) if grads else []
-        norm = torch.nn.utils.get_total_norm(
-            [value.float() if value.dtype in (torch.bfloat16, torch.float16) else value for value in values + dense],
-            error_if_nonfinite=error_if_nonfinite,
-        )
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_, to the letter
-        for gradient in values + dense:
+        _check_max_norm(max_norm)
+        together, dense = self._gradients()
+        # The selected values are 5 % of the gradient: measured and scaled in one small buffer, they cost one pass of
+        # scattered reads and one of scattered writes.
+        flats = [grads[0].new_empty(sum(index.numel() for index in indices)) for grads, indices in together]
+        for (grads, indices), flat in zip(together, flats, strict=True):
+            gather_values(grads, indices, out=flat)
+        norm = _joint_norm([selected_grad_norm(flat) for flat in flats], dense)
+        if error_if_nonfinite and not bool(norm.isfinite()):
+            raise RuntimeError(
+                f"The gradient norm is non-finite ({float(norm)}), so it cannot be clipped. Look for the loss or layer "
+                "that overflowed; error_if_nonfinite=False scales by it all the same."
+            )
+        scale = _scale(max_norm, norm)
+        for gradient in flats + dense:
             gradient.mul_(scale.to(gradient.device))
-        for gradient, index, value in zip(grads, indices, values, strict=True):
-            contiguous = gradient.contiguous()
-            scatter_values_(contiguous, index, value)
-            if contiguous is not gradient:
-                gradient.copy_(contiguous)
+        for (grads, indices), flat in zip(together, flats, strict=True):
+            contiguous = [gradient.contiguous() for gradient in grads]
+            scatter_values_(contiguous, indices, flat)
+            for gradient, written in zip(grads, contiguous, strict=True):
+                if written is not gradient:
+                    gradient.copy_(written)
         return norm
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -354,7 +410,7 @@ class SparseAdamW(torch.optim.Optimizer):
                         )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("_active_threshold", "_keep_master", "_sparse")}
+        own = {name: getattr(self, name) for name in ("_active_threshold", "_keep_master", "_max_norm", "_sparse")}
         return {**super().__getstate__(), **own}
 
 
@@ -364,6 +420,21 @@ def _is_sparse(group: Mapping[str, Any]) -> bool:
 
 def _state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _joint_norm(norms: list[Tensor], dense: list[Tensor]) -> Tensor:
+    wide = [grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad for grad in dense]
+    norms = norms + ([torch.nn.utils.get_total_norm(wide)] if wide else [])
+    return selected_grad_norm([norm.to(norms[0].device) for norm in norms])
+
+
+def _scale(max_norm: float, norm: Tensor) -> Tensor:
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_, to the letter
+
+
+def _check_max_norm(max_norm: float) -> None:
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0, got {max_norm}.")
 
 
 def _can_fuse(param: Tensor) -> bool:
@@ -418,6 +489,31 @@ def _check_fit(groups: list[dict[str, Any]], selection: Selection) -> None:
             )
         if not param.is_contiguous():
             raise ValueError(f"'{name}' is not contiguous. Set param.data = param.data.contiguous() first.")
+
+
+def _check_rounding(
+    rounding: str, seed: int, master: bool, named: list[tuple[str, Tensor]], selection: Selection
+) -> None:
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}.")
+    if rounding == "nearest":
+        return
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}.")
+    if master:
+        raise ValueError("A master copy keeps what rounding drops: set master=True or rounding='stochastic', not both.")
+    held = [(name, param) for name, param in named if name in selection.indices]
+    for name, param in held:
+        if param.dtype == torch.float16:
+            raise ValueError(
+                f"'{name}' is float16, and rounding='stochastic' is for bfloat16, whose dropped bits are 16 for every "
+                "value. Set master=True instead."
+            )
+    if all(param.dtype != torch.bfloat16 for _, param in held):
+        raise ValueError(
+            f"rounding='stochastic' is for bfloat16 parameters; these are {held[0][1].dtype}, which keeps small "
+            "updates anyway. Set rounding='nearest'."
+        )
 
 
 def _check_hyper_parameters(group: Mapping[str, Any]) -> None:

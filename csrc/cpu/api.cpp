@@ -1,14 +1,16 @@
 // The C ABI: argument checks, cutting of work into chunks, threads. Arithmetic is in the range kernels.
 
+#include <atomic>
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
+#include <thread>
 
 #include "chunks.h"
 #include "kernels.h"
+#include "status.h"
 
 namespace ft {
 namespace {
@@ -17,21 +19,9 @@ constexpr int64_t kElementChunk = int64_t{1} << 14;
 constexpr int64_t kNoiseChunk = int64_t{1} << 12;
 constexpr int64_t kScoreChunk = int64_t{1} << 16;
 constexpr int64_t kStepChunk = int64_t{1} << 12;
-constexpr int64_t kPlanHead = 3;
-constexpr int64_t kPlan = kPlanHead + kScoreChunk / 64;
-
-thread_local char last_error[512] = "";
-
-#if defined(__GNUC__)
-__attribute__((format(printf, 1, 2)))
-#endif
-int32_t invalid(const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(last_error, sizeof last_error, format, arguments);
-  va_end(arguments);
-  return FT_INVALID;
-}
+constexpr int64_t kSampleChunk = int64_t{1} << 10;    // strata
+constexpr int64_t kIndexBuffer = 4 * kScoreChunk;     // entries that a thread may hold back while earlier chunks are at work
+constexpr int64_t kMaxPending = 64;                   // chunks held back
 
 // Nothing may leave the library as a C++ exception. Kernels do not allocate, so only set-up can fail, before any write.
 template <class Body>
@@ -39,8 +29,7 @@ int32_t guarded(Body body) {
   try {
     return body();
   } catch (const std::bad_alloc&) {
-    std::snprintf(last_error, sizeof last_error, "out of memory for working space");
-    return FT_OUT_OF_MEMORY;
+    return failed(FT_OUT_OF_MEMORY, "out of memory for working space");
   }
 }
 
@@ -126,22 +115,163 @@ int32_t check_index(int64_t row, const void* index, int64_t dtype, int64_t count
   return FT_OK;
 }
 
+int32_t check_bracket(const ft_bracket* bracket) {
+  if (bracket == nullptr || bracket->counts == nullptr || (bracket->capacity > 0 && bracket->candidates == nullptr)) {
+    return invalid("the bracket, its counts or its candidates are NULL");
+  }
+  if (bracket->low < 0 || bracket->high > UINT32_MAX || bracket->low > bracket->high || bracket->capacity < 0) {
+    return invalid("bracket from %lld to %lld with room for %lld; expected 0 <= low <= high < 2^32 and room of 0 or more",
+                   static_cast<long long>(bracket->low), static_cast<long long>(bracket->high), static_cast<long long>(bracket->capacity));
+  }
+  return FT_OK;
+}
+
+// What lies in a bracket of keys, gathered chunk by chunk: a thread fills its own buffer, then takes as much of the result.
+class Collector {
+ public:
+  Collector(const ft_bracket& bracket, int64_t n_rows, int team, int64_t chunk)
+      : bracket_(bracket), n_rows_(n_rows), team_(team), room_(chunk + kSlack), counts_(static_cast<size_t>(team * n_rows * 3)) {
+    if (bracket.capacity > 0) keys_.reset(new uint32_t[static_cast<size_t>(team * room_)]);
+  }
+
+  void take(const Kernels& k, const Chunk& c, const void* score, int64_t dtype) {
+    uint32_t* const keys = taken_.load(std::memory_order_relaxed) < bracket_.capacity ? keys_.get() + c.thread * room_ : nullptr;
+    const int64_t found = k.collect_bracket(score, dtype, c.end - c.begin, static_cast<uint32_t>(bracket_.low),
+                                            static_cast<uint32_t>(bracket_.high), keys, &counts_[(c.thread * n_rows_ + c.row) * 3]);
+    if (keys == nullptr || found == 0) return;
+    const int64_t first = taken_.fetch_add(found, std::memory_order_relaxed);
+    if (first + found > bracket_.capacity) return;
+    for (int64_t i = 0; i < found; ++i) bracket_.candidates[first + i] = c.row << 32 | keys[i];
+  }
+
+  void finish() const {
+    for (int64_t i = 0; i < 3 * n_rows_; ++i) {
+      bracket_.counts[i] = 0;
+      for (int64_t t = 0; t < team_; ++t) bracket_.counts[i] += counts_[t * 3 * n_rows_ + i];
+    }
+  }
+
+ private:
+  const ft_bracket& bracket_;
+  const int64_t n_rows_, team_, room_;
+  std::unique_ptr<uint32_t[]> keys_;
+  std::vector<int64_t> counts_;
+  std::atomic<int64_t> taken_{0};
+};
+
+// Where the indices of each chunk go is known once all earlier chunks of its tensor are counted. Chunks are handed out in
+// order and their counts published; a thread holds a chunk's offsets back in its own buffer until it can place them.
+class Placement {
+ public:
+  Placement(const Chunks& chunks, const ft_compact_row* rows, int team)
+      : chunks_(chunks), rows_(rows), team_(team), found_(static_cast<size_t>(chunks.count())),
+        offsets_(new uint32_t[static_cast<size_t>(team * (kIndexBuffer + kSlack))]) {}
+
+  // One thread's part of the work.
+  void run(const Kernels& k, float value, int thread) {
+    uint32_t* const buffer = offsets_.get() + thread * (kIndexBuffer + kSlack);
+    Held held[kMaxPending];
+    int64_t n_held = 0, used = 0;
+    Before before;
+    for (;;) {
+      if (n_held == kMaxPending || used + kScoreChunk > kIndexBuffer) n_held = used = place(k, value, held, n_held, true, before);
+      const int64_t id = next_.fetch_add(1);
+      if (id >= chunks_.count()) break;
+      const Chunk c = chunks_.find(id, thread);
+      const ft_compact_row& row = rows_[c.row];
+      int64_t ties = 0;
+      const int64_t kept = k.compact(at(row.score, row.dtype, c.begin), row.dtype, c.end - c.begin, value, buffer + used, &ties);
+      found_[id].store(kReady | static_cast<uint64_t>(kept - ties) << 32 | static_cast<uint64_t>(ties), std::memory_order_release);
+      held[n_held++] = Held{c, buffer + used, kept, ties};
+      used += kept;
+      n_held = place(k, value, held, n_held, false, before);
+      if (n_held == 0) used = 0;
+    }
+    place(k, value, held, n_held, true, before);
+  }
+
+  void totals(int64_t* selected, int64_t n_rows) const {
+    for (int64_t r = 0; r < n_rows; ++r) {
+      int64_t above = 0, ties = 0;
+      for (int64_t id = chunks_.first_of(r); id < chunks_.first_of(r + 1); ++id) {
+        above += above_of(found_[id]);
+        ties += ties_of(found_[id]);
+      }
+      selected[r] = above + std::min(ties, rows_[r].ties);
+    }
+  }
+
+ private:
+  static constexpr uint64_t kReady = uint64_t{1} << 63;
+
+  struct Held {
+    Chunk chunk;
+    uint32_t* offsets;
+    int64_t kept, ties;
+  };
+
+  // Sums over the chunks of `row` before `id`.
+  struct Before {
+    int64_t id = 0, row = 0, above = 0, ties = 0;
+  };
+
+  static int64_t above_of(uint64_t found) { return static_cast<int64_t>(found >> 32 & 0x7fffffffu); }
+  static int64_t ties_of(uint64_t found) { return static_cast<int64_t>(found & 0xffffffffu); }
+
+  // Writes what is held and can be placed, all of it if `wait`; returns how much stays, moved to the front.
+  int64_t place(const Kernels& k, float value, Held* held, int64_t n, bool wait, Before& before) {
+    int64_t done = 0;
+    for (; done < n && advance(before, held[done].chunk, wait); ++done) write(k, value, held[done], before);
+    std::move(held + done, held + n, held);
+    return n - done;
+  }
+
+  bool advance(Before& before, const Chunk& to, bool wait) const {
+    if (before.row != to.row) before = Before{chunks_.first_of(to.row), to.row, 0, 0};
+    for (; before.id < to.id; ++before.id) {
+      uint64_t found = found_[before.id].load(std::memory_order_acquire);
+      // Whoever took that chunk counts it without waiting for anyone.
+      for (; wait && found == 0; found = found_[before.id].load(std::memory_order_acquire)) std::this_thread::yield();
+      if (found == 0) return false;
+      before.above += above_of(found);
+      before.ties += ties_of(found);
+    }
+    return true;
+  }
+
+  void write(const Kernels& k, float value, const Held& held, const Before& before) const {
+    const ft_compact_row& row = rows_[held.chunk.row];
+    const int64_t quota = std::max<int64_t>(row.ties - before.ties, 0), begin = held.chunk.begin;
+    const int64_t first = before.above + std::min(before.ties, row.ties);
+    int64_t kept = held.kept;
+    if (held.ties > quota) kept = k.drop_ties(at(row.score, row.dtype, begin), row.dtype, value, quota, kept, held.offsets);
+    if (first + kept > row.count) return;  // not the scores of this threshold; `totals` tells
+    if (row.index_dtype == FT_INT32) {
+      copy(held.offsets, kept, begin, static_cast<int32_t*>(row.index) + first);
+    } else {
+      copy(held.offsets, kept, begin, static_cast<int64_t*>(row.index) + first);
+    }
+  }
+
+  template <class Index>
+  static void copy(const uint32_t* offsets, int64_t n, int64_t base, Index* index) {
+    for (int64_t i = 0; i < n; ++i) index[i] = static_cast<Index>(base + offsets[i]);
+  }
+
+  const Chunks& chunks_;
+  const ft_compact_row* const rows_;
+  const int team_;
+  std::atomic<int64_t> next_{0};
+  std::vector<std::atomic<uint64_t>> found_;  // per chunk: ready, above (31 bits), equal
+  std::unique_ptr<uint32_t[]> offsets_;
+};
+
 }  // namespace
 }  // namespace ft
 
 using namespace ft;
 
-#define FT_TRY(expression)                       \
-  do {                                           \
-    const int32_t status_ = (expression);        \
-    if (status_ != FT_OK) return status_;        \
-  } while (false)
-
 extern "C" {
-
-int32_t ft_abi_version(void) { return FT_ABI_VERSION; }
-
-const char* ft_last_error(void) { return last_error; }
 
 const char* ft_isa(void) { return current()->name; }
 
@@ -166,6 +296,38 @@ int32_t ft_squared_grad_accumulate(const ft_square_row* rows, int64_t n_rows, do
       k.squared_grad_accumulate(row.accumulator + c.begin,
                                 at(row.grad, row.dtype, c.begin), row.dtype,
                                 c.end - c.begin, static_cast<float>(weight));
+    });
+    return FT_OK;
+  });
+}
+
+int32_t ft_per_sample_affine(const ft_affine_row* rows, int64_t n_rows, double weight, int32_t threads) {
+  return guarded([&]() -> int32_t {
+    FT_TRY(check_list(rows, n_rows));
+    int64_t channels = 0, elements = 0;
+    for (int64_t r = 0; r < n_rows; ++r) {
+      const ft_affine_row& row = rows[r];
+      if (row.samples < 0 || row.tokens < 0 || row.channels < 0) {
+        return invalid("row %lld: %lld samples, %lld tokens, %lld channels; expected 0 or more", static_cast<long long>(r),
+                       static_cast<long long>(row.samples), static_cast<long long>(row.tokens),
+                       static_cast<long long>(row.channels));
+      }
+      const int64_t numel = row.samples * row.tokens * row.channels;
+      FT_TRY(check_row(r, numel, row.dy_dtype, {row.dy}));
+      if (row.weight_accumulator != nullptr) FT_TRY(check_row(r, numel, row.x_dtype, {row.x}));
+      if ((row.mean == nullptr) != (row.rstd == nullptr)) {
+        return invalid("row %lld: one of mean and rstd is NULL; expected both or none", static_cast<long long>(r));
+      }
+      channels += row.channels;
+      elements += numel;
+    }
+    const Kernels& k = *current();
+    // Every channel is summed by one thread, in one order; how they are cut changes no bit. Whole cache lines go together.
+    const int64_t share = (channels / thread_count(threads) + 63) / 64 * 64;
+    const int64_t chunk = std::min(std::max<int64_t>(share, 64), kAffineChannels);
+    const Chunks chunks(n_rows, chunk, [=](int64_t r) { return rows[r].channels; });
+    chunks.run(elements < (int64_t{1} << 15) ? 1 : chunks.team(threads, 0), [&](const Chunk& c) {
+      k.per_sample_affine(rows[c.row], c.begin, c.end - c.begin, static_cast<float>(weight));
     });
     return FT_OK;
   });
@@ -243,9 +405,10 @@ int32_t ft_precision_update_sgvb(const ft_sgvb_row* rows, int64_t n_rows, const 
 }
 
 int32_t ft_dr_fim_score(const ft_score_row* rows, int64_t n_rows, int32_t kind, double c, double gamma, double prior_precision,
-                        double eps, int64_t count, int32_t threads) {
+                        double eps, int64_t count, const ft_bracket* bracket, int32_t threads) {
   return guarded([&]() -> int32_t {
     FT_TRY(check_list(rows, n_rows));
+    if (bracket != nullptr) FT_TRY(check_bracket(bracket));
     if (kind < FT_F || kind > FT_DR_FIM_VARIATIONAL) return invalid("score kind %d; expected 0 to 3", static_cast<int>(kind));
     if (count < 1) return invalid("count is %lld; the first score has count 1", static_cast<long long>(count));
     for (int64_t r = 0; r < n_rows; ++r) {
@@ -261,12 +424,16 @@ int32_t ft_dr_fim_score(const ft_score_row* rows, int64_t n_rows, int32_t kind, 
     constants.first = count == 1;
     const Kernels& k = *current();
     const Chunks chunks(n_rows, kElementChunk, [=](int64_t r) { return rows[r].numel; });
-    chunks.run(chunks.team(threads), [&](const Chunk& chunk) {
+    const int team = chunks.team(threads);
+    std::unique_ptr<Collector> collector(bracket == nullptr ? nullptr : new Collector(*bracket, n_rows, team, kElementChunk));
+    chunks.run(team, [&](const Chunk& chunk) {
       const ft_score_row& row = rows[chunk.row];
       const void* shifted = kind == FT_F ? row.fisher : row.shifted;
       k.dr_fim_score(row.score + chunk.begin, at(row.fisher, row.dtype, chunk.begin), at(shifted, row.dtype, chunk.begin),
                      row.dtype, chunk.end - chunk.begin, constants);
+      if (collector != nullptr) collector->take(k, chunk, row.score + chunk.begin, FT_FP32);  // still in the cache
     });
+    if (collector != nullptr) collector->finish();
     return FT_OK;
   });
 }
@@ -310,64 +477,66 @@ int32_t ft_key_histogram(const ft_scores* rows, int64_t n_rows, int32_t shift, i
   });
 }
 
-// The plan holds, per chunk: how many indices precede the chunk's in its tensor, how many ties it has, how many of them it
-// keeps, and its marks.
-int64_t ft_compact_plan_size(const ft_compact_row* rows, int64_t n_rows) {
-  int64_t chunks = 0;
-  for (int64_t r = 0; r < n_rows; ++r) chunks += (rows[r].numel + kScoreChunk - 1) / kScoreChunk;
-  return chunks * kPlan;
-}
-
-int32_t ft_compact_count(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* plan, int64_t* counts,
-                         int32_t threads) {
+int32_t ft_sample_scores(const ft_scores* rows, int64_t n_rows, int64_t stride, float* sample, int32_t threads) {
   return guarded([&]() -> int32_t {
     FT_TRY(check_list(rows, n_rows));
-    if (std::isnan(value)) return invalid("the threshold is NaN");
+    if (stride < 1 || stride > INT32_MAX) return invalid("stride is %lld; expected 1 to 2^31 - 1", static_cast<long long>(stride));
     for (int64_t r = 0; r < n_rows; ++r) FT_TRY(check_row(r, rows[r].numel, rows[r].dtype, {rows[r].score}));
+    const auto strata = [=](int64_t r) { return (rows[r].numel + stride - 1) / stride; };
+    std::vector<int64_t> first(static_cast<size_t>(n_rows) + 1);
+    for (int64_t r = 0; r < n_rows; ++r) first[r + 1] = first[r] + strata(r);
+    if (first[n_rows] > 0 && sample == nullptr) return invalid("sample is NULL");
     const Kernels& k = *current();
-    const Chunks chunks(n_rows, kScoreChunk, [=](int64_t r) { return rows[r].numel; });
+    const Chunks chunks(n_rows, kSampleChunk, strata);
     chunks.run(chunks.team(threads), [&](const Chunk& c) {
-      const ft_compact_row& row = rows[c.row];
-      int64_t* const p = plan + kPlan * c.id;
-      k.mark_selected(at(row.score, row.dtype, c.begin), row.dtype, c.end - c.begin, value,
-                      reinterpret_cast<uint64_t*>(p + kPlanHead), &p[0], &p[1]);
+      const ft_scores& row = rows[c.row];
+      const int64_t begin = c.begin * stride, number = first[c.row] + c.begin;
+      k.sample_scores(at(row.score, row.dtype, begin), row.dtype, row.numel - begin, stride, number, c.end - c.begin, sample + number);
     });
-    for (int64_t r = 0; r < n_rows; ++r) {
-      int64_t before = 0, ties = rows[r].ties;
-      for (int64_t id = chunks.first_of(r); id < chunks.first_of(r + 1); ++id) {
-        int64_t* const p = plan + kPlan * id;
-        p[2] = std::min(ties, p[1]);
-        const int64_t selected = p[0] + p[2];
-        p[0] = before;
-        before += selected;
-        ties -= p[2];
-      }
-      counts[r] = before;
-    }
     return FT_OK;
   });
 }
 
-int32_t ft_compact_write(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* plan, int32_t threads) {
+int32_t ft_collect_bracket(const ft_scores* rows, int64_t n_rows, const ft_bracket* bracket, int32_t threads) {
   return guarded([&]() -> int32_t {
     FT_TRY(check_list(rows, n_rows));
+    FT_TRY(check_bracket(bracket));
+    for (int64_t r = 0; r < n_rows; ++r) FT_TRY(check_row(r, rows[r].numel, rows[r].dtype, {rows[r].score}));
+    const Kernels& k = *current();
+    const Chunks chunks(n_rows, kScoreChunk, [=](int64_t r) { return rows[r].numel; });
+    const int team = chunks.team(threads);
+    Collector collector(*bracket, n_rows, team, kScoreChunk);
+    chunks.run(team, [&](const Chunk& c) {
+      const ft_scores& row = rows[c.row];
+      collector.take(k, c, at(row.score, row.dtype, c.begin), row.dtype);
+    });
+    collector.finish();
+    return FT_OK;
+  });
+}
+
+int32_t ft_compact(const ft_compact_row* rows, int64_t n_rows, float value, int64_t* selected, int32_t threads) {
+  return guarded([&]() -> int32_t {
+    FT_TRY(check_list(rows, n_rows));
+    if (std::isnan(value)) return invalid("the threshold is NaN");
+    if (n_rows > 0 && selected == nullptr) return invalid("selected is NULL");
     for (int64_t r = 0; r < n_rows; ++r) {
       FT_TRY(check_row(r, rows[r].numel, rows[r].dtype, {rows[r].score}));
       if (!is_index_dtype(rows[r].index_dtype) || (rows[r].index_dtype == FT_INT32 && rows[r].numel > INT64_C(0x80000000))) {
         return invalid("row %lld: index dtype code %lld for %lld elements; expected 0 (int32, up to 2^31 elements) or 1 (int64)",
                        static_cast<long long>(r), static_cast<long long>(rows[r].index_dtype), static_cast<long long>(rows[r].numel));
       }
+      if (rows[r].count < 0 || rows[r].ties < 0 || (rows[r].count > 0 && rows[r].index == nullptr)) {
+        return invalid("row %lld: room for %lld indices at %p, %lld ties; expected 0 or more, and memory to write them to",
+                       static_cast<long long>(r), static_cast<long long>(rows[r].count), rows[r].index, static_cast<long long>(rows[r].ties));
+      }
     }
     const Kernels& k = *current();
     const Chunks chunks(n_rows, kScoreChunk, [=](int64_t r) { return rows[r].numel; });
-    chunks.run(chunks.team(threads), [&](const Chunk& c) {
-      const ft_compact_row& row = rows[c.row];
-      int64_t* const p = plan + kPlan * c.id;
-      uint64_t* const marks = reinterpret_cast<uint64_t*>(p + kPlanHead);
-      if (p[2] < p[1]) k.unmark_ties(at(row.score, row.dtype, c.begin), row.dtype, c.end - c.begin, value, p[2], marks);
-      k.write_marked(marks, c.end - c.begin, c.begin, static_cast<char*>(row.index) + p[0] * (row.index_dtype == FT_INT32 ? 4 : 8),
-                     row.index_dtype);
-    });
+    const int team = chunks.team(threads);
+    Placement placement(chunks, rows, team);
+    Chunks::in_parallel(team, [&](int64_t thread, int64_t) { placement.run(k, value, static_cast<int>(thread)); });
+    placement.totals(selected, n_rows);
     return FT_OK;
   });
 }
@@ -394,10 +563,35 @@ int32_t ft_sparse_adamw(const ft_adamw_row* rows, int64_t n_rows, const ft_adamw
         static_cast<float>(options->eps),
         static_cast<float>(options->grad_scale),
         static_cast<float>(options->active_threshold),
+        options->compact_grads != 0,
+        options->stochastic != 0,
+        options->seed,
+        static_cast<uint64_t>(options->step),
     };
     const Kernels& k = *current();
     const Chunks chunks(n_rows, kStepChunk, [=](int64_t r) { return rows[r].count; });
     chunks.run(chunks.team(threads, 2 * kStepChunk), [&](const Chunk& c) { k.sparse_adamw(rows[c.row], c.begin, c.end, constants); });
+    return FT_OK;
+  });
+}
+
+int32_t ft_selected_grad_norm(const ft_norm_row* rows, int64_t n_rows, double* norm, int32_t threads) {
+  return guarded([&]() -> int32_t {
+    FT_TRY(check_list(rows, n_rows));
+    if (norm == nullptr) return invalid("norm is NULL");
+    for (int64_t r = 0; r < n_rows; ++r) {
+      const ft_norm_row& row = rows[r];
+      if (row.index != nullptr || row.count != row.numel) FT_TRY(check_index(r, row.index, row.index_dtype, row.count, row.numel));
+      FT_TRY(check_row(r, row.count, row.grad_dtype, {row.grad}));
+    }
+    const Kernels& k = *current();
+    const Chunks chunks(n_rows, kStepChunk, [=](int64_t r) { return rows[r].count; });
+    // One sum per chunk, added in the chunks' order: the same bits on any number of threads.
+    std::vector<double> sums(static_cast<size_t>(chunks.count()));
+    chunks.run(chunks.team(threads, 2 * kStepChunk), [&](const Chunk& c) { sums[c.id] = k.selected_squares(rows[c.row], c.begin, c.end); });
+    double total = 0.0;
+    for (const double sum : sums) total += sum;
+    *norm = std::sqrt(total);
     return FT_OK;
   });
 }

@@ -49,16 +49,27 @@ class Chunks {
   template <class Body>
   void run(int team, Body body) const {
     const int64_t total = count();
+    in_parallel(team, [&](int64_t t, int64_t threads) {
+      walk(total * t / threads, total * (t + 1) / threads, static_cast<int>(t), body);
+    });
+  }
+
+  // body(thread, number of threads), once on each thread of the team.
+  template <class Body>
+  static void in_parallel(int team, Body body) {
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(team) if (team > 1)
-    {
-      const int64_t threads = omp_get_num_threads(), t = omp_get_thread_num();
-      walk(total * t / threads, total * (t + 1) / threads, static_cast<int>(t), body);
-    }
+    body(static_cast<int64_t>(omp_get_thread_num()), static_cast<int64_t>(omp_get_num_threads()));
 #else
     (void)team;
-    walk(0, total, 0, body);
+    body(int64_t{0}, int64_t{1});
 #endif
+  }
+
+  Chunk find(int64_t id, int thread) const {
+    const int64_t row = std::upper_bound(first_.begin(), first_.end(), id) - first_.begin() - 1;
+    const int64_t begin = (id - first_[row]) * chunk_;
+    return Chunk{row, begin, std::min(begin + chunk_, sizes_[row]), id, thread};
   }
 
  private:

@@ -19,21 +19,28 @@ namespace FT_ISA {
 
 #include "elementwise.inl"
 
+#include "affine.inl"
+
 #include "selection.inl"
 
 #include "sparse_adamw.inl"
 
+#include "selected_grad_norm.inl"
+
 static constexpr Kernels table = {FT_ISA_NAME,
                                   squared_grad_accumulate,
+                                  per_sample_affine,
                                   gaussian_perturb,
                                   precision_update_natural,
                                   precision_update_sgvb,
                                   dr_fim_score,
                                   key_histogram,
-                                  mark_selected,
-                                  unmark_ties,
-                                  write_marked,
-                                  sparse_adamw};
+                                  sample_scores,
+                                  collect_bracket,
+                                  compact,
+                                  drop_ties,
+                                  sparse_adamw,
+                                  selected_squares};
 
 }  // namespace FT_ISA
 

@@ -46,6 +46,16 @@ static inline void narrow(float x, bf16* out) {
   out->bits = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
 }
 
+// Up in magnitude if the 16 bits dropped plus 16 random ones carry. A finite value stays finite; NaN becomes the quiet one.
+static inline void narrow_stochastic(float x, uint32_t random, bf16* out) {
+  const uint32_t u = bits_of(x);
+  const uint32_t down = u >> 16, moved = (u + random) >> 16;
+  uint32_t h = (moved & 0x7f80u) == 0x7f80u ? down : moved;
+  h = (u & 0x7f800000u) == 0x7f800000u ? down : h;
+  h = (u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : h;
+  out->bits = static_cast<uint16_t>(h);
+}
+
 static inline void narrow(float x, fp16* out) {
   const uint32_t u = bits_of(x);
   const uint32_t sign = (u >> 16) & 0x8000u;

@@ -1,6 +1,16 @@
-// Histogram of order-preserving keys, and compaction of what lies above a threshold.
+// Order-preserving keys: their histogram, a sample, what lies in a bracket of them, compaction of what lies above one.
 
 constexpr int64_t kBlock = 1024;  // 16-bit scores are widened by blocks of this many, which stay in the first-level cache
+// Elements between a load and its prefetch, a page: the hardware's own prefetch ends at each page.
+constexpr int64_t kAhead = 1024;
+
+static inline void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p);
+#else
+  (void)p;
+#endif
+}
 
 template <class F>
 static inline void with_fp32_blocks(const void* score, int64_t dtype, int64_t n, F f) {
@@ -9,6 +19,7 @@ static inline void with_fp32_blocks(const void* score, int64_t dtype, int64_t n,
   with_dtype(score, dtype, [&](const auto* s) {
     for (int64_t i = 0; i < n; i += kBlock) {
       const int64_t m = n - i < kBlock ? n - i : kBlock;
+      for (int64_t j = 0; j < m; j += 32) prefetch(s + i + kBlock + j);
       for (int64_t j = 0; j < m; ++j) block[j] = widen(s[i + j]);
       f(block, i, m);
     }
@@ -140,92 +151,160 @@ static void key_histogram(const void* score, int64_t dtype, int64_t n, int shift
   });
 }
 
-// One bit per score: is it at least `value`? The scores are read once; indices come from the bits.
-static void mark_selected(const void* score, int64_t dtype, int64_t n, float value, uint64_t* marks, int64_t* above,
-                          int64_t* equal) {
-  int64_t kept = 0, ties = 0;
-  with_fp32_blocks(score, dtype, n, [&](const float* x, int64_t offset, int64_t m) {
-    uint64_t* const out = marks + offset / 64;
+// out[j] = an element of the stratum first + j of the whole list, which begins at element `j * stride` of these n, or NaN
+// where the last, shorter stratum has none. Multiples of the golden ratio place it: spread evenly, in step with no period.
+static void sample_scores(const void* score, int64_t dtype, int64_t n, int64_t stride, int64_t first, int64_t strata,
+                          float* out) {
+  with_dtype(score, dtype, [=](const auto* s) {
+    for (int64_t j = 0; j < strata; ++j) {
+      const uint64_t turn = static_cast<uint32_t>(static_cast<uint64_t>(first + j) * kGoldenRatio);
+      const int64_t i = j * stride + static_cast<int64_t>((turn * static_cast<uint64_t>(stride)) >> 32);
+      out[j] = i < n ? widen(s[i]) : from_bits(0x7fc00000u);
+    }
+  });
+}
+
+// Adds to counts[0..2] the keys above `high`, those in [low, high] and the NaN; with Store, writes the keys inside.
+template <bool Store>
+static int64_t collect_keys(const void* score, int64_t dtype, int64_t n, uint32_t low, uint32_t high, uint32_t* keys,
+                            int64_t* counts) {
+  int64_t above = 0, inside = 0, nans = 0;
+  with_fp32_blocks(score, dtype, n, [&](const float* x, int64_t, int64_t m) {
     int64_t i = 0;
 #if defined(__AVX512F__)
-    const __m512 v = _mm512_set1_ps(value);
+    const __m512i vlow = _mm512_set1_epi32(static_cast<int>(low)), vhigh = _mm512_set1_epi32(static_cast<int>(high));
     for (; i + 64 <= m; i += 64) {
-      uint64_t bits = 0, tied = 0;
+      uint64_t over = 0, in = 0, unordered = 0;
       for (int part = 0; part < 4; ++part) {
-        const __m512 s = _mm512_loadu_ps(x + i + 16 * part);
-        bits |= static_cast<uint64_t>(_mm512_cmp_ps_mask(s, v, _CMP_GE_OQ)) << (16 * part);
-        tied |= static_cast<uint64_t>(_mm512_cmp_ps_mask(s, v, _CMP_EQ_OQ)) << (16 * part);
+        prefetch(x + i + 16 * part + kAhead);
+        const __m512 v = _mm512_loadu_ps(x + i + 16 * part);
+        const __m512i key = key_of(_mm512_castps_si512(v));
+        const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+        const __mmask16 reached = _mm512_mask_cmpge_epu32_mask(number, key, vlow);
+        const __mmask16 passed = _mm512_mask_cmpgt_epu32_mask(number, key, vhigh);
+        const __mmask16 between = static_cast<__mmask16>(reached & ~passed);
+        if (Store) {
+          _mm512_storeu_si512(keys + inside, _mm512_maskz_compress_epi32(between, key));
+          inside += __builtin_popcount(between);
+        }
+        over |= static_cast<uint64_t>(passed) << (16 * part);
+        in |= static_cast<uint64_t>(between) << (16 * part);
+        unordered |= static_cast<uint64_t>(static_cast<__mmask16>(~number)) << (16 * part);
       }
-      out[i / 64] = bits;
-      kept += __builtin_popcountll(bits);
+      above += __builtin_popcountll(over);
+      if (!Store) inside += __builtin_popcountll(in);
+      nans += __builtin_popcountll(unordered);
+    }
+#elif defined(__AVX2__)
+    // AVX2 compares signed integers only: both sides lose the top bit that makes keys unsigned.
+    const __m256i top = _mm256_set1_epi32(INT32_MIN);
+    const __m256i vlow = _mm256_set1_epi32(static_cast<int>(low ^ 0x80000000u)), vhigh = _mm256_set1_epi32(static_cast<int>(high ^ 0x80000000u));
+    for (; i + 64 <= m; i += 64) {
+      uint64_t over = 0, under = 0, unordered = 0;
+      for (int part = 0; part < 8; ++part) {
+        if (part % 2 == 0) prefetch(x + i + 8 * part + kAhead);
+        const __m256 v = _mm256_loadu_ps(x + i + 8 * part);
+        const __m256i key = _mm256_xor_si256(key_of(_mm256_castps_si256(v)), top);
+        const auto bits = [part](__m256 mask) { return static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(mask))) << (8 * part); };
+        over |= bits(_mm256_castsi256_ps(_mm256_cmpgt_epi32(key, vhigh)));
+        under |= bits(_mm256_castsi256_ps(_mm256_cmpgt_epi32(vlow, key)));
+        unordered |= bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+      }
+      above += __builtin_popcountll(over & ~unordered);
+      nans += __builtin_popcountll(unordered);
+      uint64_t in = ~(over | under | unordered);
+      if (!Store) inside += __builtin_popcountll(in);
+      if (Store) {
+        for (; in != 0; in &= in - 1) keys[inside++] = key_of(bits_of(x[i + __builtin_ctzll(in)]));
+      }
+    }
+#endif
+    for (; i < m; ++i) {
+      const uint32_t u = bits_of(x[i]), key = key_of(u);
+      const bool number = !is_nan(u), between = number && key >= low && key <= high;
+      if (Store) keys[inside] = key;
+      inside += between;
+      above += number && key > high;
+      nans += !number;
+    }
+  });
+  counts[0] += above;
+  counts[1] += inside;
+  counts[2] += nans;
+  return inside;
+}
+
+static int64_t collect_bracket(const void* score, int64_t dtype, int64_t n, uint32_t low, uint32_t high, uint32_t* keys,
+                               int64_t* counts) {
+  return keys == nullptr ? collect_keys<false>(score, dtype, n, low, high, keys, counts)
+                         : collect_keys<true>(score, dtype, n, low, high, keys, counts);
+}
+
+// Offsets of the scores that are at least `value`, and how many of them equal it.
+static int64_t compact(const void* score, int64_t dtype, int64_t n, float value, uint32_t* offsets, int64_t* equal) {
+  int64_t kept = 0, ties = 0;
+  with_fp32_blocks(score, dtype, n, [&](const float* x, int64_t begin, int64_t m) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    const __m512 least = _mm512_set1_ps(value);
+    const __m512i sixteen = _mm512_set1_epi32(16);
+    __m512i offset = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                      _mm512_set1_epi32(static_cast<int>(begin)));
+    for (; i + 64 <= m; i += 64) {
+      uint64_t tied = 0;
+      for (int part = 0; part < 4; ++part) {
+        prefetch(x + i + 16 * part + kAhead);
+        const __m512 v = _mm512_loadu_ps(x + i + 16 * part);
+        const __mmask16 reached = _mm512_cmp_ps_mask(v, least, _CMP_GE_OQ);
+        tied |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, least, _CMP_EQ_OQ)) << (16 * part);
+        _mm512_storeu_si512(offsets + kept, _mm512_maskz_compress_epi32(reached, offset));
+        kept += __builtin_popcount(reached);
+        offset = _mm512_add_epi32(offset, sixteen);
+      }
       ties += __builtin_popcountll(tied);
     }
 #elif defined(__AVX2__)
-    const __m256 v = _mm256_set1_ps(value);
+    const __m256 least = _mm256_set1_ps(value);
     for (; i + 64 <= m; i += 64) {
-      uint64_t bits = 0, tied = 0;
+      uint64_t reached = 0, tied = 0;
       for (int part = 0; part < 8; ++part) {
-        const __m256 s = _mm256_loadu_ps(x + i + 8 * part);
-        bits |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(s, v, _CMP_GE_OQ))) << (8 * part);
-        tied |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(s, v, _CMP_EQ_OQ))) << (8 * part);
+        if (part % 2 == 0) prefetch(x + i + 8 * part + kAhead);
+        const __m256 v = _mm256_loadu_ps(x + i + 8 * part);
+        reached |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ))) << (8 * part);
+        tied |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_EQ_OQ))) << (8 * part);
       }
-      out[i / 64] = bits;
-      kept += __builtin_popcountll(bits);
       ties += __builtin_popcountll(tied);
+      const int found = __builtin_popcountll(reached);
+      // Four at once, wanted or not: how many there are is a branch that cannot be foretold.
+      for (int64_t j = kept; reached != 0; j += 4) {
+        for (int lane = 0; lane < 4; ++lane) {
+          offsets[j + lane] = static_cast<uint32_t>(begin + i) + static_cast<uint32_t>(_tzcnt_u64(reached));
+          reached &= reached - 1;
+        }
+      }
+      kept += found;
     }
 #endif
-    for (; i < m; i += 64) {
-      const int64_t end = m - i < 64 ? m - i : 64;
-      uint64_t bits = 0;
-      for (int64_t j = 0; j < end; ++j) {
-        bits |= static_cast<uint64_t>(x[i + j] >= value) << j;
-        ties += x[i + j] == value;
-      }
-      out[i / 64] = bits;
-      kept += __builtin_popcountll(bits);
+    for (; i < m; ++i) {
+      offsets[kept] = static_cast<uint32_t>(begin + i);
+      kept += x[i] >= value;
+      ties += x[i] == value;
     }
   });
-  *above = kept - ties;
   *equal = ties;
+  return kept;
 }
 
-// Unmarks every score equal to `value` after the first `ties` of them.
-static void unmark_ties(const void* score, int64_t dtype, int64_t n, float value, int64_t ties, uint64_t* marks) {
-  with_fp32_blocks(score, dtype, n, [&](const float* x, int64_t offset, int64_t m) {
-    for (int64_t i = 0; i < m; i += 64) {
-      for (uint64_t bits = marks[(offset + i) / 64]; bits != 0; bits &= bits - 1) {
-        const int j = __builtin_ctzll(bits);
-        if (x[i + j] == value && --ties < 0) marks[(offset + i) / 64] &= ~(uint64_t{1} << j);
-      }
+// Takes out of `n` offsets those of scores equal to `value`, except the first `ties`.
+static int64_t drop_ties(const void* score, int64_t dtype, float value, int64_t ties, int64_t n, uint32_t* offsets) {
+  int64_t kept = 0;
+  with_dtype(score, dtype, [&](const auto* s) {
+    for (int64_t i = 0; i < n; ++i) {
+      const bool tied = widen(s[offsets[i]]) == value;
+      offsets[kept] = offsets[i];
+      kept += !tied || ties > 0;
+      ties -= tied;
     }
   });
-}
-
-template <class Index>
-static void expand(const uint64_t* marks, int64_t n_words, int64_t base, Index* out) {
-  for (int64_t w = 0; w < n_words; ++w, base += 64) {
-    uint64_t bits = marks[w];
-#if defined(__AVX512F__)
-    if constexpr (sizeof(Index) == 4) {
-      const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      for (int part = 0; bits != 0; ++part, bits >>= 16) {
-        const __mmask16 keep = static_cast<__mmask16>(bits);
-        const int kept = __builtin_popcount(keep);
-        const __m512i index = _mm512_add_epi32(ramp, _mm512_set1_epi32(static_cast<int32_t>(base + 16 * part)));
-        // Exactly `kept` lanes: another thread may own the memory behind them.
-        _mm512_mask_storeu_epi32(out, static_cast<__mmask16>((1u << kept) - 1u), _mm512_maskz_compress_epi32(keep, index));
-        out += kept;
-      }
-    }
-#endif
-    for (; bits != 0; bits &= bits - 1) *out++ = static_cast<Index>(base + __builtin_ctzll(bits));
-  }
-}
-
-static void write_marked(const uint64_t* marks, int64_t n, int64_t base, void* index, int64_t index_dtype) {
-  if (index_dtype == FT_INT32) {
-    expand(marks, (n + 63) / 64, base, static_cast<int32_t*>(index));
-  } else {
-    expand(marks, (n + 63) / 64, base, static_cast<int64_t*>(index));
-  }
+  return kept;
 }

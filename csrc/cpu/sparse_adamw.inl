@@ -1,32 +1,41 @@
 // AdamW on compact state. A block of elements is gathered into the first-level cache, stepped there by vector code and
 // scattered back; the lines of the blocks ahead are requested meanwhile, since scattered accesses defeat the hardware prefetcher.
 
-constexpr int64_t kGather = 128;
+constexpr int64_t kGather = kRounding;
 constexpr int64_t kPrefetch = 256;  // elements ahead
 
 template <class Param, class Grad, class Index>
-static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, const AdamWConstants& k) {
+static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, const AdamWConstants& constants) {
+  const AdamWConstants k = constants;
   Param* const param = static_cast<Param*>(row.param);
   const Grad* const grad = static_cast<const Grad*>(row.grad);
   const Index* const index = static_cast<const Index*>(row.index);
   const bool from_grad = k.take1 > 0.5f;
+  const bool stochastic = std::is_same_v<Param, bf16> && k.stochastic && row.master == nullptr;
   float p[kGather], g[kGather];
+  Param rounded[kGather];
+  uint32_t random[kGather];
   for (int64_t i = begin; i < end; i += kGather) {
     const int64_t n = end - i < kGather ? end - i : kGather;
     const Index* const at = index + i;
     const int64_t ahead = row.count - i - kPrefetch < kGather ? row.count - i - kPrefetch : kGather;
-    for (int64_t j = 0; j < ahead; ++j) {
-      __builtin_prefetch(grad + at[kPrefetch + j], 0, 3);
-      __builtin_prefetch(param + at[kPrefetch + j], 1, 3);
+    if (k.compact_grads) {
+      for (int64_t j = 0; j < ahead; ++j) __builtin_prefetch(param + at[kPrefetch + j], 1, 3);
+      for (int64_t j = 0; j < n; ++j) g[j] = widen(grad[i + j]);
+    } else {
+      for (int64_t j = 0; j < ahead; ++j) {
+        __builtin_prefetch(grad + at[kPrefetch + j], 0, 3);
+        __builtin_prefetch(param + at[kPrefetch + j], 1, 3);
+      }
+      for (int64_t j = 0; j < n; ++j) g[j] = widen(grad[at[j]]);
     }
-    for (int64_t j = 0; j < n; ++j) g[j] = widen(grad[at[j]]);
     if (row.master == nullptr) {
       for (int64_t j = 0; j < n; ++j) p[j] = widen(param[at[j]]);
     } else {
       for (int64_t j = 0; j < n; ++j) p[j] = row.master[i + j];
     }
-    float* const first = row.exp_avg + i;
-    float* const second = row.exp_avg_sq + i;
+    float* const __restrict first = row.exp_avg + i;
+    float* const __restrict second = row.exp_avg_sq + i;
     for (int64_t j = 0; j < n; ++j) {
       const float slope = g[j] * k.grad_scale;
       // As torch's lerp: from the end that weighs more, since a small share of a difference rounds less than a large one.
@@ -36,10 +45,25 @@ static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, con
       second[j] = m2;
       p[j] = p[j] * k.decay - k.step_size * m1 / (__builtin_sqrtf(m2) * k.inv_sqrt_bias2 + k.eps);
     }
-    for (int64_t j = 0; j < n; ++j) {
-      if (row.score != nullptr && !(row.score[i + j] >= k.active_threshold)) continue;
-      if (row.master != nullptr) row.master[i + j] = p[j];
-      narrow(p[j], param + at[j]);
+    // Rounded in vectors first; the scatter itself only moves.
+    if constexpr (std::is_same_v<Param, bf16>) {
+      if (stochastic) {
+        rounding_bits(k.seed, k.step, static_cast<uint64_t>(row.offset), at, n, random);
+        for (int64_t j = 0; j < n; ++j) narrow_stochastic(p[j], random[j], rounded + j);
+      }
+    }
+    if (!stochastic) {
+      for (int64_t j = 0; j < n; ++j) narrow(p[j], rounded + j);
+    }
+    if (row.score == nullptr) {
+      if (row.master != nullptr) __builtin_memcpy(row.master + i, p, static_cast<size_t>(n) * sizeof *p);
+      for (int64_t j = 0; j < n; ++j) param[at[j]] = rounded[j];
+    } else {
+      for (int64_t j = 0; j < n; ++j) {
+        if (!(row.score[i + j] >= k.active_threshold)) continue;
+        if (row.master != nullptr) row.master[i + j] = p[j];
+        param[at[j]] = rounded[j];
+      }
     }
   }
 }

@@ -296,12 +296,17 @@ class PerSampleSquares:
             if weight is not None and self._sums.takes_product(weight):
                 assert isinstance(rule, (Linear, Convolution)) and grads[0] is not None
                 self._sums.add_product(weight, rule.bias, *rule.factors(grads[0], layout))
-            else:
-                start = 0
-                for chunk in rule.gradients(grads, layout):
-                    for slot, grad in zip(rule.slots, chunk, strict=True):
-                        self._sums.add(slot, start, grad)
-                    start += len(chunk[0])
+                return
+            if self._sums.takes_affine(rule.slots) and grads[0] is not None:
+                affine = rule.affine(grads[0], layout)
+                if affine is not None:
+                    self._sums.add_affine(affine)
+                    return
+            start = 0
+            for chunk in rule.gradients(grads, layout):
+                for slot, grad in zip(rule.slots, chunk, strict=True):
+                    self._sums.add(slot, start, grad)
+                start += len(chunk[0])
         finally:
             record.release()
 

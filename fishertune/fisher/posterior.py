@@ -11,21 +11,26 @@ below 6·10⁻⁸·γτ⁻², and most weights of a pretrained ViT lie there.
 | :class:`ClosedForm` | averages exact per-sample squares at θ̂; E = F/γ is then the exact minimiser | about 1.1 |
 | :class:`Natural` | the same squares at a draw θ ~ q; natural-gradient step on Λ | about 1.1 |
 | :class:`SGVB` | Adam on log Λ through θ = θ̂ + Λ^-½ε, the wording of the paper | 1, antithetic 2 |
+| :class:`Local` | the same with one Λ per output row, drawn at the row's output, as Task2Vec | 1, antithetic 2 |
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fishertune.fisher.per_sample import LossFn, PerSampleSquares, Shift
+from fishertune.fisher.rules import map_tensors
 from fishertune_kernels import gaussian_perturb, precision_update_natural_, precision_update_sgvb_
 
 _LABELS = ("empirical", "sampled")
@@ -150,6 +155,10 @@ class PosteriorEstimator(ABC):
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         return {"excess": self.excess}
 
+    def _new_state(self, kind: str, parameter: Tensor) -> Tensor:
+        """Where a group of :meth:`_groups` starts for one parameter."""
+        return _zeros_like(parameter)
+
     def _config(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -164,8 +173,8 @@ class PosteriorEstimator(ABC):
         """The parameters to estimate with their global offsets; allocates the state at the first call."""
         targets = _Targets(model, self.params)
         if not self.excess:
-            for group in self._groups().values():
-                group.update({name: _zeros_like(parameter) for name, parameter in targets.parameters.items()})
+            for kind, group in self._groups().items():
+                group.update({name: self._new_state(kind, value) for name, value in targets.parameters.items()})
             return targets
         for name, parameter in targets.parameters.items():
             known = self.excess.get(name)
@@ -326,8 +335,8 @@ class SGVB(PosteriorEstimator):
         super().__init__(gamma, tau, **common)
         if self.labels != "empirical":
             raise ValueError(
-                f"labels={self.labels!r} does not work with sgvb: the gradient of labels drawn from the perturbed "
-                "model is zero on average. Use labels='empirical', or the closed_form or natural estimator."
+                f"labels={self.labels!r} does not work with {self.name}: the gradient of labels drawn from the "
+                "perturbed model is zero on average. Use labels='empirical', or the closed_form or natural estimator."
             )
         _require_positive("lr", lr)
         _require_positive("eps", eps)
@@ -383,11 +392,80 @@ class SGVB(PosteriorEstimator):
         return {**super()._config(), **own}
 
 
-ESTIMATORS: dict[str, type[PosteriorEstimator]] = {cls.name: cls for cls in (ClosedForm, Natural, SGVB)}
+class Local(SGVB):
+    """One precision per output row (or filter), by local reparameterisation: the estimator of Task2Vec.
+
+    All weights of a row share Λ_o, so the row's output y_o = x·W_o + b_o is Gaussian under q and is drawn itself:
+    its mean plus ε·(‖x‖²/Λ_o + 1/Λ_b)^½ with an ε of its own for every sample and position, instead of one draw of the
+    weights for all of them. That is far less noise per pass, and there are as many unknowns as rows.
+    The answer is coarser too: at the fixed point E_o = mean of the row's Hessian diagonal / γ, the same for every
+    element of the row, and the curvature between different positions of one sample is left out, as in Task2Vec.
+
+    A row is a slice along dimension 0; each element of a bias or a norm is one. Linear layers and convolutions are
+    drawn at their output. Every other use of a parameter (norms, LayerScale, embeddings, a weight that is reshaped
+    first) sees one draw of the parameter, as in :class:`SGVB`.
+
+    Method: Achille et al., "Task2Vec: Task Embedding for Meta-Learning" (ICCV 2019), with the local reparameterisation
+    of Kingma, Salimans and Welling, "Variational Dropout and the Local Reparameterization Trick" (NeurIPS 2015).
+    Arguments as in :class:`SGVB`.
+    """
+
+    name = "local"
+
+    def _estimate(self, model: nn.Module, loss_fn: LossFn, batch: Any, targets: _Targets) -> int:
+        precisions = {name: _row_values(self.excess[name]) + self.prior_precision for name in targets.names}
+        grads, samples = self._row_gradients(model, loss_fn, batch, targets, precisions, 1.0)
+        if self.antithetic:
+            mirrored, _ = self._row_gradients(model, loss_fn, batch, targets, precisions, -1.0)
+            grads = [(plus + minus) / 2 for plus, minus in zip(grads, mirrored, strict=True)]
+        for name, grad in zip(targets.names, grads, strict=True):
+            self._adam(name, grad, precisions[name])
+        return samples
+
+    def _row_gradients(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batch: Any,
+        targets: _Targets,
+        precisions: Mapping[str, Tensor],
+        sign: float,
+    ) -> tuple[list[Tensor], int]:
+        """∂(mean loss)/∂log Λ of every row at this update's draw."""
+        logs = {name: precision.log().requires_grad_() for name, precision in precisions.items()}
+        with ExitStack() as stack:
+            stack.enter_context(_differentiable(model, []))
+            if "torch._dynamo" in sys.modules:  # a compiled model calls no torch functions we could see
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            with _RowDraws(targets, logs, self.seed, self.steps, sign):
+                losses = self._losses(model, loss_fn, batch)
+            grads = torch.autograd.grad(losses.mean(), list(logs.values()), allow_unused=True, materialize_grads=True)
+        return list(grads), losses.numel()
+
+    def _adam(self, name: str, grad: Tensor, precision: Tensor) -> None:
+        excess, mean, square = self.excess[name], self._exp_avg[name], self._exp_avg_sq[name]
+        rows = _row_values(excess)
+        # per element of the row, so that Adam's eps means the same for rows of any length
+        full = grad * (rows.numel() / max(excess.numel(), 1)) + 0.5 * self.gamma * rows / precision
+        beta1, beta2 = self.betas
+        mean.lerp_(full, 1 - beta1)
+        square.mul_(beta2).addcmul_(full, full, value=1 - beta2)
+        step = self.steps + 1
+        deviation = (square / (1 - beta2**step)).sqrt_().add_(self.eps)
+        change = torch.expm1(-self.lr / (1 - beta1**step) * mean / deviation)
+        # E + τ⁻² must stay positive: two roundings above zero, as in the kernel of the other estimators
+        rows = (rows + precision * change).clamp_(min=-self.prior_precision * (1 - 2.0**-23))
+        excess.copy_(_along_rows(rows, excess))
+
+    def _new_state(self, kind: str, parameter: Tensor) -> Tensor:
+        return _zeros_like(parameter if kind == "excess" else _row_values(parameter))
+
+
+ESTIMATORS: dict[str, type[PosteriorEstimator]] = {cls.name: cls for cls in (ClosedForm, Natural, SGVB, Local)}
 
 
 def make_estimator(name: str, **settings: Any) -> PosteriorEstimator:
-    """The estimator of that name (``closed_form``, ``natural``, ``sgvb``) with ``settings`` as its arguments.
+    """The estimator of that name (``closed_form``, ``natural``, ``sgvb``, ``local``) with ``settings`` as arguments.
 
     Raises:
         ValueError: if there is no such estimator; the message lists those there are.
@@ -412,13 +490,132 @@ class _Targets:
             raise ValueError("There is no parameter to estimate: params is empty or the model has none.")
         self.parameters: dict[str, nn.Parameter] = {}
         self.offsets: list[int] = []
+        self.numbers: list[int] = []
         offset = 0
-        for name, parameter in everything.items():
+        for number, (name, parameter) in enumerate(everything.items()):
             if name in chosen:
                 self.parameters[name] = parameter
                 self.offsets.append(offset)
+                self.numbers.append(number)
             offset += parameter.numel()
         self.names = list(self.parameters)
+
+
+# Local reparameterisation ---------------------------------------------------------------------------------------------
+
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+
+
+class _RowDraws(TorchFunctionMode):
+    """Inside, every torch call that uses an estimated parameter sees q: its output, or else the parameter, is drawn.
+
+    Args:
+        targets: the estimated parameters.
+        log_precisions: log Λ per row by name; the graph of what is drawn leads back to them.
+        seed, step, sign: the draw. Noise is a function of them, of the parameter's place in the model and of the
+            element, so it does not depend on what else is estimated.
+    """
+
+    def __init__(
+        self, targets: _Targets, log_precisions: Mapping[str, Tensor], seed: int, step: int, sign: float
+    ) -> None:
+        super().__init__()
+        self._seed, self._step, self._sign = seed, step, sign
+        self._logs = {id(value): log_precisions[name] for name, value in targets.parameters.items()}
+        self._parameters = {id(value): value for value in targets.parameters.values()}
+        self._offsets = dict(zip(self._parameters, targets.offsets, strict=True))
+        # Outputs get their noise from beyond the model's elements: 2⁴⁰ indices for every parameter.
+        self._outputs = {key: (number + 1) << 40 for key, number in zip(self._parameters, targets.numbers, strict=True)}
+        self._drawn: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        used: list[int] = []
+        map_tensors(lambda tensor: used.append(id(tensor)) if id(tensor) in self._logs else None, (args, kwargs))
+        if not used:
+            return func(*args, **kwargs)
+        if getattr(func, "__name__", "") == "__get__":  # an attribute; only some (p.T) are values
+            value = func(*args, **kwargs)
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+        if func is F.linear or func in _CONVOLUTIONS:
+            operands = dict(zip(("input", "weight", "bias"), args)) | kwargs
+            if id(operands["input"]) not in self._logs:
+                return self._draw_output(func, args, kwargs, operands)
+        return func(*map_tensors(self._draw, args), **map_tensors(self._draw, kwargs))
+
+    def _draw(self, tensor: Tensor) -> Tensor:
+        """The parameter under q, one draw an update."""
+        key = id(tensor)
+        if key not in self._logs:
+            return tensor
+        if key not in self._drawn:
+            noise = self._noise(tensor.shape, self._offsets[key], tensor)
+            deviation = torch.exp(-0.5 * _along_rows(self._logs[key], tensor))
+            self._drawn[key] = (tensor.detach() + self._sign * deviation * noise).to(tensor.dtype)
+        return self._drawn[key]
+
+    def _draw_output(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], operands: dict[str, Any]
+    ) -> Tensor:
+        mean = func(*map_tensors(self._mean, args), **map_tensors(self._mean, kwargs))
+        x, weight, bias = operands["input"], operands["weight"], operands.get("bias")
+        channel_first = func in _CONVOLUTIONS
+        shape = (-1, *[1] * (weight.dim() - 2)) if channel_first else (-1,)
+        variance: Tensor | float = 0.0
+        if id(weight) in self._logs:
+            energy = _filter_energy(func, x, args, kwargs, weight) if channel_first else _energy(x)
+            variance = energy * torch.exp(-self._logs[id(weight)]).view(shape)
+        if id(bias) in self._logs:
+            variance = variance + torch.exp(-self._logs[id(bias)]).view(shape)
+        assert isinstance(variance, Tensor)
+        # a zero input has no noise: kept off the root's infinite slope
+        deviation = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+        key = id(weight) if id(weight) in self._logs else id(bias)
+        noise = self._noise(mean.shape, self._outputs[key], deviation)
+        self._outputs[key] += noise.numel()  # a layer used twice gets fresh noise
+        return mean + (self._sign * deviation * noise).to(mean.dtype)
+
+    def _mean(self, tensor: Tensor) -> Tensor:
+        return tensor.detach() if id(tensor) in self._logs else tensor
+
+    def _noise(self, shape: torch.Size, offset: int, like: Tensor) -> Tensor:
+        zeros = torch.zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        [noise] = gaussian_perturb(
+            [zeros], [zeros], prior_precision=1.0, seed=self._seed, step=self._step, offsets=[offset]
+        )
+        return noise
+
+
+def _energy(x: Tensor) -> Tensor:
+    """‖x‖² over the last dimension, which stays with size one."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1, keepdim=True)
+
+
+def _filter_energy(
+    convolution: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor
+) -> Tensor:
+    """‖·‖² of the patch that each output of a convolution sees, for every filter."""
+    geometry = {key: value for key, value in kwargs.items() if key not in ("input", "weight", "bias")}
+    geometry |= dict(zip(("stride", "padding", "dilation", "groups"), args[3:]))
+    groups = geometry.get("groups", 1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ones = torch.ones(groups, *weight.shape[1:], dtype=wide, device=x.device)
+    energy: Tensor = convolution(x.to(wide).square(), ones, None, **geometry)
+    channels = energy.dim() - weight.dim() + 1
+    return energy.repeat_interleave(weight.shape[0] // groups, channels) if groups > 1 else energy
+
+
+def _row_values(tensor: Tensor) -> Tensor:
+    """The first element of every slice along dimension 0, (rows,)."""
+    return tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1)[:, 0].clone()
+
+
+def _along_rows(values: Tensor, like: Tensor) -> Tensor:
+    """(rows,) as a view that broadcasts to ``like``."""
+    return values.view(-1, *[1] * (like.dim() - 1)) if like.dim() else values.view(())
 
 
 def _zeros_like(parameter: Tensor) -> Tensor:

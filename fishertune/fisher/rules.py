@@ -6,7 +6,8 @@ gradient dY of the call's output is known. Every rule is exact and local: it see
 * :class:`Linear`: the gradient of sample n is dYₙᵀXₙ. The two factors go to a fused kernel that never writes it.
 * :class:`Convolution`: a Linear layer over patches where patches do not overlap (patch embedding), else the framework's
   own weight gradient, sample by sample.
-* :class:`LayerNorm`, :class:`BatchNorm`, :class:`Scale`, :class:`Shift`: sums of dY or dY·x.
+* :class:`LayerNorm`, :class:`BatchNorm`, :class:`Scale`, :class:`Shift`: sums of dY or dY·x. Where the parameter fills
+  the last dimensions, as it nearly always does, another fused kernel takes them as they are (:class:`Affine`).
 * :class:`Rerun`: any other call, run again for one sample at a time and differentiated with respect to the parameters.
 
 A call's samples lie along one dimension of its inputs and outputs, in blocks of equal size (windowed attention puts all
@@ -95,6 +96,22 @@ class Call:
         return bound
 
 
+@dataclass(frozen=True)
+class Affine:
+    """Per-sample gradients Σ_t dY·x̂ of a weight and Σ_t dY of a bias, each over the whole last dimension C.
+
+    x̂ = (x − mean)·rstd, or x where there are no statistics; ``factor`` multiplies both gradients.
+    """
+
+    dy_NTC: Tensor
+    weight: Slot | None = None
+    bias: Slot | None = None
+    x_NTC: Tensor | None = None
+    mean_NT: Tensor | None = None
+    rstd_NT: Tensor | None = None
+    factor: float = 1.0
+
+
 class Rule(ABC):
     """What one call contributes to the per-sample gradients.
 
@@ -109,6 +126,10 @@ class Rule(ABC):
     @abstractmethod
     def gradients(self, dy: tuple[Tensor | None, ...], layout: Layout) -> Iterator[list[Tensor]]:
         """Chunks of consecutive samples: for each slot a tensor (samples in the chunk, *slot shape)."""
+
+    def affine(self, dy: Tensor, layout: Layout) -> Affine | None:
+        """What :meth:`gradients` would give, as the operands of a fused kernel; None where they have no such form."""
+        return None
 
     def run(self, call: Call) -> Any:
         """The call itself."""
@@ -138,6 +159,14 @@ def _broadcast_ok(slot: Slot, out_ndim: int) -> bool:
     return value.dim() < out_ndim or (value.dim() == out_ndim and value.shape[0] == 1)
 
 
+def _channels(slot: Slot, shape: Sequence[int]) -> int | None:
+    """Size of the slot's value if it fills the last dimensions of ``shape`` (and is broadcast over the others)."""
+    own = tuple(slot.value.shape)
+    while own and own[0] == 1:
+        own = own[1:]
+    return slot.value.numel() if own and tuple(shape[len(shape) - len(own) :]) == own else None
+
+
 class Linear(Rule):
     """y = x·Wᵀ + b."""
 
@@ -159,6 +188,9 @@ class Linear(Rule):
     def factors(self, dy: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """X (N, T, I) and dY (N, T, O) with Σ_t dY[n,t,o]·X[n,t,i] the gradient of sample n."""
         return layout.rows(self.saved[0]).to(dy.dtype), layout.rows(dy)
+
+    def affine(self, dy: Tensor, layout: Layout) -> Affine | None:
+        return None if self.weight is not None else Affine(layout.rows(dy), bias=self.bias)
 
     def gradients(self, dy: tuple[Tensor | None, ...], layout: Layout) -> Iterator[list[Tensor]]:
         assert dy[0] is not None
@@ -313,10 +345,29 @@ class LayerNorm(Rule):
         self._statistics = (statistics[0].detach(), statistics[1].detach())
         return out
 
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and reciprocal standard deviation of x."""
+        if self._statistics is None:
+            x = self.saved[0]
+            self._statistics = torch.native_layer_norm(x.to(_wide(x.dtype)), self._shape, None, None, self._eps)[1:]
+        return self._statistics
+
+    def affine(self, dy: Tensor, layout: Layout) -> Affine | None:
+        dims = len(self._shape)
+
+        def rows(tensor: Tensor) -> Tensor:
+            return layout.first(tensor).flatten(-dims).reshape(layout.samples, -1, tensor.shape[-dims:].numel())
+
+        mean, rstd = (rows(tensor).squeeze(2) for tensor in self._moments())
+        x_NTC = rows(self.saved[0]) if self.weight is not None else None
+        if x_NTC is None:
+            return Affine(rows(dy), bias=self.bias)
+        return Affine(rows(dy), self.weight, self.bias, x_NTC, mean, rstd)
+
     def gradients(self, dy: tuple[Tensor | None, ...], layout: Layout) -> Iterator[list[Tensor]]:
         assert dy[0] is not None
         x = self.saved[0]
-        mean, scale = self._statistics or torch.native_layer_norm(x, self._shape, None, None, self._eps)[1:]
+        mean, scale = self._moments()
         wide = _wide(x.dtype)
         wanted = [self.weight is not None, self.bias is not None]
         values = [slot.value.to(wide) if slot is not None else None for slot in (self.weight, self.bias)]
@@ -397,6 +448,14 @@ class Scale(_Elementwise):
         slot = self.slots[0]
         return [_sum_to(dy * x.to(dy.dtype), slot.value.shape, self._out_ndim)]
 
+    def affine(self, dy: Tensor, layout: Layout) -> Affine | None:
+        slot, x = self.slots[0], self.saved[0]
+        channels = _channels(slot, dy.shape)
+        if channels is None:
+            return None
+        shape = layout.samples, -1, channels
+        return Affine(dy.reshape(shape), weight=slot, x_NTC=x.reshape(shape))
+
     def check(self, layout: Layout) -> bool:
         return super().check(layout) and layout.dim == 0
 
@@ -423,6 +482,13 @@ class Shift(_Elementwise):
     def _products(self, dy: Tensor, x: Tensor | None) -> list[Tensor]:
         summed = _sum_to(dy, self.slots[0].value.shape, self._out_ndim)
         return [summed if self._factor == 1.0 else summed * self._factor]
+
+    def affine(self, dy: Tensor, layout: Layout) -> Affine | None:
+        slot = self.slots[0]
+        channels = _channels(slot, dy.shape)
+        if channels is None:
+            return None
+        return Affine(dy.reshape(layout.samples, -1, channels), bias=slot, factor=self._factor)
 
     def check(self, layout: Layout) -> bool:
         return layout.dim == 0

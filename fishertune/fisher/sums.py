@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fishertune.fisher.rules import Slot
-from fishertune_kernels import per_sample_squared_grad_
+from fishertune.fisher.rules import Affine, Slot
+from fishertune_kernels import per_sample_affine_squared_grad_, per_sample_squared_grad_
 
 
 class SquaredSums:
@@ -62,6 +62,24 @@ class SquaredSums:
                 self._square_product(name)
             return
         self._square(name, x_NTI, dy_NTO, self._accumulators[bias.names[0]] if bias is not None and fused else None)
+
+    def takes_affine(self, slots: Sequence[Slot]) -> bool:
+        """Whether the gradients of these slots may be squared as they come: each is all there is of its parameter."""
+        return (
+            all(slot.source is None and self._uses[slot.names[0]] == 1 for slot in slots)
+            and len({self._accumulators[slot.names[0]].dtype for slot in slots}) == 1
+        )
+
+    def add_affine(self, affine: Affine) -> None:
+        """The gradients of a weight and a bias along the last dimension."""
+        weight, bias = (
+            None if slot is None else self._accumulators[slot.names[0]].view(-1)
+            for slot in (affine.weight, affine.bias)
+        )
+        scale = self._weight * affine.factor**2
+        per_sample_affine_squared_grad_(
+            weight, bias, affine.x_NTC, affine.dy_NTC, scale, affine.mean_NT, affine.rstd_NT
+        )
 
     def add(self, slot: Slot, start: int, grads: Tensor) -> None:
         """Gradients (k, *slot shape) of samples start … start + k − 1."""

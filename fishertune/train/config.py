@@ -115,7 +115,7 @@ class EstimateConfig:
 
     steps: int = 25
     batch_size: int = 8
-    estimator: Literal["closed_form", "natural", "sgvb"] = "closed_form"
+    estimator: Literal["closed_form", "natural", "sgvb", "local"] = "closed_form"
     options: dict[str, float] = field(default_factory=dict)  # of the estimator, e.g. {beta: 0.1}
     labels: Literal["empirical", "sampled"] = "empirical"
     gamma: float = 1e-3

@@ -1,4 +1,4 @@
-"""The C++ library for CPUs, found and opened on first use.
+"""The compiled library of ``csrc/``, found and opened on first use: C++ for CPUs, CUDA C++ where it was built with it.
 
 It is a plain C library (``csrc/include/fishertune.h``) called through ctypes, so that one build serves every torch
 version. It is looked for in ``fishertune_kernels/lib`` or at the path in ``FISHERTUNE_NATIVE_LIBRARY``. A missing
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch  # also loads torch's OpenMP runtime, which the library then shares instead of bringing a second one
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """The version of csrc/include/fishertune.h these callers are written against."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,16 +32,27 @@ _DOUBLE, _INT, _UINT64, _POINTER = ctypes.c_double, ctypes.c_int32, ctypes.c_uin
 # Arguments between (rows, n_rows) and threads.
 _ARGUMENTS: dict[str, list[type]] = {
     "ft_squared_grad_accumulate": [_DOUBLE],
+    "ft_per_sample_affine": [_DOUBLE],
     "ft_gaussian_perturb": [_DOUBLE, _UINT64, _UINT64, _DOUBLE],
     "ft_precision_update_natural": [_DOUBLE, _DOUBLE],
     "ft_precision_update_sgvb": [_POINTER],
-    "ft_dr_fim_score": [_INT, _DOUBLE, _DOUBLE, _DOUBLE, _DOUBLE, ctypes.c_int64],
+    "ft_dr_fim_score": [_INT, _DOUBLE, _DOUBLE, _DOUBLE, _DOUBLE, ctypes.c_int64, _POINTER],
     "ft_key_histogram": [_INT, _INT, ctypes.c_uint32, ctypes.c_uint32, _POINTER],
-    "ft_compact_count": [ctypes.c_float, _POINTER, _POINTER],
-    "ft_compact_write": [ctypes.c_float, _POINTER],
+    "ft_sample_scores": [ctypes.c_int64, _POINTER],
+    "ft_collect_bracket": [_POINTER],
+    "ft_compact": [ctypes.c_float, _POINTER],
     "ft_sparse_adamw": [_POINTER],
+    "ft_selected_grad_norm": [_POINTER],
     "ft_gather_values": [],
     "ft_scatter_values": [],
+}
+
+# Arguments between (table, n_rows, n_tiles) and (device, stream).
+_CUDA_ARGUMENTS: dict[str, list[type]] = {
+    "ft_cuda_key_histogram": [_INT, _INT, ctypes.c_uint32, ctypes.c_uint32, _POINTER],
+    "ft_cuda_collect_bracket": [ctypes.c_uint32, ctypes.c_uint32, _POINTER, _POINTER, _COUNT, _POINTER],
+    "ft_cuda_compact_count": [ctypes.c_float, _POINTER, _POINTER, _POINTER],
+    "ft_cuda_compact_write": [ctypes.c_float, _POINTER, _POINTER],
 }
 
 
@@ -73,17 +84,35 @@ def _load() -> ctypes.CDLL | str:
             f"the native library {path} has interface version {version}, this package needs {ABI_VERSION}; "
             "rebuild it with `python setup.py build_native` or reinstall the package"
         )
+    try:
+        _declare(library)
+    except AttributeError as error:
+        return (
+            f"the native library {path} is older than this package ({error}); "
+            "rebuild it with `python setup.py build_native` or reinstall the package"
+        )
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Argument and result types of every function."""
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes = [_ROWS, _COUNT, *arguments, _THREADS]
         function.restype = ctypes.c_int32
-    library.ft_compact_plan_size.argtypes = [_ROWS, _COUNT]
-    library.ft_compact_plan_size.restype = ctypes.c_int64
+    for name, arguments in _CUDA_ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes = [_ROWS, _COUNT, _COUNT, *arguments, _INT, _POINTER]
+        function.restype = ctypes.c_int32
+    library.ft_cuda_available.restype = ctypes.c_int32
+    library.ft_cuda_table.argtypes = [_ROWS, _COUNT, _POINTER, _POINTER]
+    library.ft_cuda_table.restype = ctypes.c_int32
+    library.ft_cuda_compact_workspace.argtypes = [_COUNT]
+    library.ft_cuda_compact_workspace.restype = ctypes.c_int64
     library.ft_set_isa.argtypes = [ctypes.c_char_p]
     library.ft_set_isa.restype = ctypes.c_int32
     library.ft_isa.restype = ctypes.c_char_p
     library.ft_last_error.restype = ctypes.c_char_p
-    return library
 
 
 def available() -> bool:
@@ -95,6 +124,24 @@ def why_not() -> str | None:
     """Why the library cannot be used and how to mend it; None where it can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
+
+
+@functools.cache
+def cuda_why_not() -> str | None:
+    """Why the library's CUDA kernels cannot be used and how to mend it; None where they can. Starts the CUDA driver."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        return loaded
+    if loaded.ft_cuda_available() == 0:
+        return None
+    reason = loaded.ft_last_error().decode()
+    remedy = (
+        "; rebuild it with FISHERTUNE_CUDA=ON, which needs nvcc, for example "
+        "`FISHERTUNE_CUDA=ON python setup.py build_native`"
+        if reason.startswith("not built")
+        else ""
+    )
+    return f"the native library {loaded._name}: {reason}{remedy}"
 
 
 def lib() -> ctypes.CDLL:
@@ -113,7 +160,7 @@ def isa() -> str:
 def set_isa(name: str) -> None:
     """Make the library run another instruction set, to test or time it; the environment's FISHERTUNE_NATIVE_ISA does so
     from the start. Raises ValueError for one this machine or build lacks."""
-    _check("ft_set_isa", lib().ft_set_isa(name.encode()))
+    check("ft_set_isa", lib().ft_set_isa(name.encode()))
 
 
 class Rows:
@@ -158,11 +205,12 @@ class Rows:
 
 def call(function: str, rows: Rows, *arguments: object) -> None:
     """Run a list operator on as many threads as torch uses."""
-    _check(function, getattr(lib(), function)(*rows.arguments, *arguments, torch.get_num_threads()))
+    check(function, getattr(lib(), function)(*rows.arguments, *arguments, torch.get_num_threads()))
 
 
-def _check(function: str, status: int) -> None:
+def check(function: str, status: int) -> None:
+    """Raise what a function's status stands for, with the library's message."""
     if status == 0:
         return
     message = f"{function}: {lib().ft_last_error().decode()}"
-    raise MemoryError(message) if status == 2 else ValueError(message)
+    raise {1: ValueError, 2: MemoryError}.get(status, RuntimeError)(message)

@@ -53,6 +53,24 @@ def as_list(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(tensors)
 
 
+def as_flat_list(name: str, values: Tensor | Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
+    """Compact values as a list, one tensor per index tensor; a single tensor holds all of them, one after the other.
+
+    Raises:
+        TypeError: if it is neither a tensor nor a sequence of tensors.
+        ValueError: if a single tensor is not 1-D with one value for every index.
+    """
+    if not isinstance(values, Tensor):
+        return as_list(name, values)
+    counts = [index.numel() for index in indices]
+    if values.dim() != 1 or values.numel() != sum(counts):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}; expected ({sum(counts)},), one value for every index of the "
+            f"{len(counts)} tensors in order. Pass the buffer that gather_values filled for these indices."
+        )
+    return list(values.split(counts))
+
+
 def running_offsets(tensors: Sequence[Tensor]) -> list[int]:
     """Global flat index of each tensor's first element when the list is one long vector."""
     offsets, total = [], 0
@@ -179,6 +197,25 @@ def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it whose last dimension is dense."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def join_windows(name: str, tensor: Tensor, samples: int) -> Tensor:
+    """(samples · windows, tokens, features) as (samples, windows · tokens, features), a view where it can be.
+
+    Raises:
+        ValueError: if the leading dimension does not hold equally many windows of every sample.
+    """
+    if tensor.dim() != 3 or samples < 1 or tensor.shape[0] % samples:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and samples={samples}; expected (samples · windows, tokens, "
+            "features) with the same number of windows for every sample. Pass samples=None for one window a sample."
+        )
+    return tensor.reshape(samples, tensor.shape[0] // samples * tensor.shape[1], tensor.shape[2])
+
+
 def _implementation(operator: str, *lists: Iterable[Tensor]) -> ModuleType:
     tensors = [tensor for tensors in lists for tensor in tensors]
     return dispatch.implementation(operator, tensors[0].device, {tensor.dtype for tensor in tensors})
@@ -234,19 +271,22 @@ def _check_per_sample_squared_grad_(
     bias_accumulator_O: Tensor | None = None,
 ) -> None:
     device = accumulator_OI.device
+    heads = accumulator_OI.dim() == 3
+    wanted = "(samples, heads, tokens, features)" if heads else "(samples, tokens, features)"
     for name, tensor in (("x_NTI", x_NTI), ("dy_NTO", dy_NTO)):
         _check_tensors(name, [tensor], device)
-        if tensor.dim() != 3:
+        if tensor.dim() != 3 + heads:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; expected (samples, tokens, features). Without a token axis "
-                f"pass {name}.unsqueeze(1); merge several token axes with .flatten(1, -2)."
+                f"{name} has shape {tuple(tensor.shape)}; expected {wanted}, as accumulator_OI has shape "
+                f"{tuple(accumulator_OI.shape)}. Without a token axis pass {name}.unsqueeze(-2); merge several token "
+                "axes with .flatten(1, -2)."
             )
-    if x_NTI.shape[:2] != dy_NTO.shape[:2]:
+    if x_NTI.shape[:-1] != dy_NTO.shape[:-1]:
         raise ValueError(
-            f"x_NTI has shape {tuple(x_NTI.shape)} but dy_NTO has {tuple(dy_NTO.shape)}: samples and tokens must "
-            "agree. Pass the input and the output gradient of the same layer and batch."
+            f"x_NTI has shape {tuple(x_NTI.shape)} but dy_NTO has {tuple(dy_NTO.shape)}: samples and tokens (and "
+            "heads) must agree. Pass the input and the output gradient of the same layer and batch."
         )
-    expected = (dy_NTO.shape[2], x_NTI.shape[2])
+    expected = (*dy_NTO.shape[1:-2], dy_NTO.shape[-1], x_NTI.shape[-1])
     if tuple(accumulator_OI.shape) != expected:
         raise ValueError(
             f"accumulator_OI has shape {tuple(accumulator_OI.shape)}; expected {expected} from dy_NTO and x_NTI, "
@@ -255,9 +295,9 @@ def _check_per_sample_squared_grad_(
     _check_tensors("accumulator_OI", [accumulator_OI], device, STATE_DTYPES, mutated=True)
     if bias_accumulator_O is not None:
         _check_tensors("bias_accumulator_O", [bias_accumulator_O], device, (accumulator_OI.dtype,), mutated=True)
-        if tuple(bias_accumulator_O.shape) != expected[:1]:
+        if tuple(bias_accumulator_O.shape) != expected[:-1]:
             raise ValueError(
-                f"bias_accumulator_O has shape {tuple(bias_accumulator_O.shape)}; expected {expected[:1]} from dy_NTO."
+                f"bias_accumulator_O has shape {tuple(bias_accumulator_O.shape)}; expected {expected[:-1]} from dy_NTO."
             )
 
 
@@ -271,8 +311,18 @@ def _run_per_sample_squared_grad_(
     _check_per_sample_squared_grad_(accumulator_OI, x_NTI, dy_NTO, weight, bias_accumulator_O)
     _check_finite(weight=weight)
     module = _implementation("per_sample_squared_grad", [accumulator_OI, x_NTI, dy_NTO])
-    module.per_sample_squared_grad_(accumulator_OI, x_NTI.contiguous(), dy_NTO.contiguous(), weight, bias_accumulator_O)
-    _mark_written([accumulator_OI] if bias_accumulator_O is None else [accumulator_OI, bias_accumulator_O])
+    bias = bias_accumulator_O
+    if accumulator_OI.dim() == 3:
+        heads = accumulator_OI, x_NTI, dy_NTO, bias
+    else:  # a layer of one head
+        heads = (
+            accumulator_OI[None],
+            x_NTI.unsqueeze(1),
+            dy_NTO.unsqueeze(1),
+            None if bias is None else bias[None],
+        )
+    module.per_sample_squared_grad_(heads[0], _dense_rows(heads[1]), _dense_rows(heads[2]), weight, heads[3])
+    _mark_written([accumulator_OI] if bias is None else [accumulator_OI, bias])
 
 
 _register(
@@ -280,6 +330,90 @@ _register(
     "Tensor(b!)? bias_accumulator_O=None) -> ()",
     _run_per_sample_squared_grad_,
     _check_per_sample_squared_grad_,
+)
+
+
+# per_sample_affine_squared_grad_ --------------------------------------------------------------------------------------
+
+
+def _check_per_sample_affine_squared_grad_(
+    weight_accumulator_C: Tensor | None,
+    bias_accumulator_C: Tensor | None,
+    x_NTC: Tensor | None,
+    dy_NTC: Tensor,
+    weight: float = 1.0,
+    mean_NT: Tensor | None = None,
+    rstd_NT: Tensor | None = None,
+) -> None:
+    device = dy_NTC.device
+    _check_tensors("dy_NTC", [dy_NTC], device)
+    if dy_NTC.dim() != 3:
+        raise ValueError(
+            f"dy_NTC has shape {tuple(dy_NTC.shape)}; expected (samples, tokens, channels). Without a token axis pass "
+            "dy_NTC.unsqueeze(1); merge several token axes with .flatten(1, -2)."
+        )
+    accumulators = {"weight_accumulator_C": weight_accumulator_C, "bias_accumulator_C": bias_accumulator_C}
+    given = {name: tensor for name, tensor in accumulators.items() if tensor is not None}
+    if not given:
+        raise ValueError("weight_accumulator_C and bias_accumulator_C are both None; pass the one to be updated.")
+    for name, tensor in given.items():
+        _check_tensors(name, [tensor], device, STATE_DTYPES, mutated=True)
+        if tuple(tensor.shape) != tuple(dy_NTC.shape[2:]):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(dy_NTC.shape[2:])} from dy_NTC, one value a "
+                "channel. Pass .view(-1) of a parameter with more dimensions."
+            )
+    if len({tensor.dtype for tensor in given.values()}) > 1:
+        raise TypeError("weight_accumulator_C and bias_accumulator_C differ in dtype. Use one for both.")
+    if (weight_accumulator_C is None) != (x_NTC is None):
+        raise ValueError(
+            "x_NTC and weight_accumulator_C belong together: the gradient of a weight is Σ dY·x, that of a bias needs "
+            "no x. Pass both or neither."
+        )
+    if (mean_NT is None) != (rstd_NT is None) or (mean_NT is not None and x_NTC is None):
+        raise ValueError("mean_NT and rstd_NT normalise x_NTC together. Pass both with x_NTC, or neither.")
+    if x_NTC is not None:
+        _check_tensors("x_NTC", [x_NTC], device)
+        _check_shapes("dy_NTC", [dy_NTC], x_NTC=[x_NTC])
+    for name, statistic in {"mean_NT": mean_NT, "rstd_NT": rstd_NT}.items():
+        if statistic is not None:
+            _check_tensors(name, [statistic], device)
+            if tuple(statistic.shape) != tuple(dy_NTC.shape[:2]):
+                raise ValueError(
+                    f"{name} has shape {tuple(statistic.shape)}; expected {tuple(dy_NTC.shape[:2])} from dy_NTC, one "
+                    "value a token. Pass .reshape(dy_NTC.shape[:2])."
+                )
+
+
+def _run_per_sample_affine_squared_grad_(
+    weight_accumulator_C: Tensor | None,
+    bias_accumulator_C: Tensor | None,
+    x_NTC: Tensor | None,
+    dy_NTC: Tensor,
+    weight: float = 1.0,
+    mean_NT: Tensor | None = None,
+    rstd_NT: Tensor | None = None,
+) -> None:
+    _check_per_sample_affine_squared_grad_(
+        weight_accumulator_C, bias_accumulator_C, x_NTC, dy_NTC, weight, mean_NT, rstd_NT
+    )
+    _check_finite(weight=weight)
+    written = [tensor for tensor in (weight_accumulator_C, bias_accumulator_C) if tensor is not None]
+    read = [None if tensor is None else tensor.contiguous() for tensor in (x_NTC, mean_NT, rstd_NT)]
+    module = _implementation(
+        "per_sample_affine_squared_grad", written, [dy_NTC], [tensor for tensor in read if tensor is not None]
+    )
+    module.per_sample_affine_squared_grad_(
+        weight_accumulator_C, bias_accumulator_C, read[0], dy_NTC.contiguous(), weight, read[1], read[2]
+    )
+    _mark_written(written)
+
+
+_register(
+    "per_sample_affine_squared_grad_(Tensor(a!)? weight_accumulator_C, Tensor(b!)? bias_accumulator_C, Tensor? x_NTC, "
+    "Tensor dy_NTC, Scalar weight=1.0, Tensor? mean_NT=None, Tensor? rstd_NT=None) -> ()",
+    _run_per_sample_affine_squared_grad_,
+    _check_per_sample_affine_squared_grad_,
 )
 
 
@@ -499,6 +633,11 @@ def _check_score_values(c: float, gamma: float, prior_precision: float, eps: flo
     _check_range("eps", eps, 0, math.inf)
 
 
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"count={count} is out of range: pass 1 for the first score, then 2, 3, …")
+
+
 def _run_dr_fim_score(
     fisher: list[Tensor],
     shifted: list[Tensor],
@@ -557,8 +696,7 @@ def _run_dr_fim_score_(
 ) -> None:
     _check_dr_fim_score_(scores, fisher, shifted, count, kind, c)
     _check_score_values(c, gamma, prior_precision, eps)
-    if count < 1:
-        raise ValueError(f"count={count} is out of range: pass 1 for the first score, then 2, 3, …")
+    _check_count(count)
     if scores:
         module = _implementation("dr_fim_score", scores, fisher, shifted)
         module.dr_fim_score_(
@@ -575,7 +713,7 @@ _register(
 )
 
 
-# key_histogram, select_threshold, compact -----------------------------------------------------------------------------
+# key_histogram, collect_bracket, select_threshold, compact --------------------------------------------------------------------
 
 
 def check_scores(scores: list[Tensor]) -> None:
@@ -589,7 +727,7 @@ def check_scores(scores: list[Tensor]) -> None:
 
 
 def checked_search(scores: list[Tensor], k: int, group: dist.ProcessGroup | None = None) -> Threshold:
-    """The k-th largest score; a pass over the scores is one call of ``key_histogram``.
+    """The k-th largest score; a pass over the scores is a call of ``collect_bracket`` or ``key_histogram``.
 
     Raises:
         TypeError, ValueError: as :func:`fishertune_kernels.select_threshold`.
@@ -597,9 +735,13 @@ def checked_search(scores: list[Tensor], k: int, group: dist.ProcessGroup | None
     from .select_threshold.search import search  # its package imports this module
 
     check_scores(scores)
+    _check_k(k)
+    return search(_contiguous(scores), k, group)
+
+
+def _check_k(k: int) -> None:
     if k < 0:
         raise ValueError(f"k={k} is negative. Choose k between 0 and the number of scores.")
-    return search(_contiguous(scores), k, group)
 
 
 def _check_key_histogram(scores: list[Tensor], shift: int, bits: int, prefix_mask: int, prefix: int) -> Tensor:
@@ -630,58 +772,180 @@ _register(
 )
 
 
+def _check_collect_bracket(scores: list[Tensor], low: int, high: int, capacity: int) -> None:
+    check_scores(scores)
+    if not scores:
+        raise ValueError("scores is an empty list; there is no device to count on. Pass at least one tensor.")
+    for i, tensor in enumerate(scores):
+        if tensor.dtype == torch.float64:
+            raise TypeError(f"scores[{i}] is torch.float64; brackets are of 32-bit keys. Use .float() or key_histogram.")
+    if not 0 <= low <= high < 1 << 32:
+        raise ValueError(f"low={low}, high={high}: expected 0 ≤ low ≤ high < 2**32, keys of float32 scores.")
+    if capacity < 0:
+        raise ValueError(f"capacity={capacity} is negative. Pass how many candidates to return at most.")
+
+
+def _run_collect_bracket(scores: list[Tensor], low: int, high: int, capacity: int) -> tuple[Tensor, Tensor]:
+    _check_collect_bracket(scores, low, high, capacity)
+    module = _implementation("select_threshold", scores)
+    counts_L3, candidates = module.collect_bracket(_contiguous(scores), low, high, capacity)
+    return counts_L3, candidates
+
+
+def _fake_collect_bracket(scores: list[Tensor], low: int, high: int, capacity: int) -> tuple[Tensor, Tensor]:
+    _check_collect_bracket(scores, low, high, capacity)
+    found = torch.library.get_ctx().new_dynamic_size()
+    device = scores[0].device
+    return (
+        torch.empty(len(scores), 3, dtype=torch.int64, device=device),
+        torch.empty(found, dtype=torch.int64, device=device),
+    )
+
+
+_register(
+    "collect_bracket(Tensor[] scores, int low, int high, int capacity) -> (Tensor, Tensor)",
+    _run_collect_bracket,
+    _fake_collect_bracket,
+)
+
+
+def _as_tensors(threshold: Threshold) -> tuple[Tensor, Tensor]:
+    """Two tensors on the CPU, where their numbers are needed: the value, and (greater, ties kept) of each tensor."""
+    counts = [threshold.greater_per_tensor, threshold.ties_kept_per_tensor]
+    return torch.tensor(threshold.value, dtype=torch.float64), torch.tensor(counts, dtype=torch.int64)
+
+
 def _run_select_threshold(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    value, n_greater, _, ties_kept = checked_search(scores, k)
-    return torch.tensor(value, dtype=torch.float64), torch.tensor([n_greater, *ties_kept], dtype=torch.int64)
+    return _as_tensors(checked_search(scores, k))
 
 
 def _fake_select_threshold(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     check_scores(scores)
-    return torch.empty((), dtype=torch.float64), torch.empty(1 + len(scores), dtype=torch.int64)
+    return torch.empty((), dtype=torch.float64), torch.empty(2, len(scores), dtype=torch.int64)
 
 
-# Two tensors on the CPU, where their numbers are needed: the value, and [n_greater, ties kept per tensor…].
 _register(
     "select_threshold(Tensor[] scores, SymInt k) -> (Tensor, Tensor)", _run_select_threshold, _fake_select_threshold
 )
 
 
-def _run_compact(scores: list[Tensor], value: float, n_greater: int, ties_kept: list[int]) -> list[Tensor]:
+def _check_compact_counts(scores: list[Tensor], greater: Sequence[int], ties_kept: Sequence[int]) -> None:
+    check_scores(scores)
+    counts = {"threshold.greater_per_tensor": greater, "threshold.ties_kept_per_tensor": ties_kept}
+    _check_lengths("scores", scores, **counts)
+
+
+def _run_compact(scores: list[Tensor], value: float, greater: list[int], ties_kept: list[int]) -> list[Tensor]:
     from .select_threshold.search import Threshold
 
-    check_scores(scores)
-    _check_lengths("scores", scores, **{"threshold.ties_kept_per_tensor": ties_kept})
+    _check_compact_counts(scores, greater, ties_kept)
+    for i, tensor in enumerate(scores):
+        if greater[i] < 0 or ties_kept[i] < 0 or greater[i] + ties_kept[i] > tensor.numel():
+            raise ValueError(
+                f"The threshold selects {greater[i]} + {ties_kept[i]} elements of scores[{i}], which has "
+                f"{tensor.numel()}: they are not the scores it was found for. Call select_threshold again."
+            )
     if not scores:
         return []
-    threshold = Threshold(value, n_greater, sum(ties_kept), tuple(ties_kept))
+    threshold = Threshold(value, tuple(greater), tuple(ties_kept))
     indices: list[Tensor] = _implementation("compact", scores).compact(_contiguous(scores), threshold)
-    found, expected = sum(index.numel() for index in indices), n_greater + threshold.n_ties_kept
-    if found != expected:
-        raise ValueError(
-            f"The threshold stands for {expected} elements but the scores hold {found}: they are not the scores it was "
-            "found for. Call select_threshold again."
-        )
+    threshold.require([index.numel() for index in indices])
     return indices
 
 
-def _fake_compact(scores: list[Tensor], value: float, n_greater: int, ties_kept: list[int]) -> list[Tensor]:
-    check_scores(scores)
-    _check_lengths("scores", scores, **{"threshold.ties_kept_per_tensor": ties_kept})
-    context = torch.library.get_ctx()
+def _fake_compact(scores: list[Tensor], value: float, greater: list[int], ties_kept: list[int]) -> list[Tensor]:
+    _check_compact_counts(scores, greater, ties_kept)
     return [
         torch.empty(
-            context.new_dynamic_size(),
-            dtype=torch.int32 if tensor.numel() <= 2**31 else torch.int64,
-            device=tensor.device,
+            above + ties, dtype=torch.int32 if tensor.numel() <= 2**31 else torch.int64, device=tensor.device
         )
-        for tensor in scores
+        for tensor, above, ties in zip(scores, greater, ties_kept, strict=True)
     ]
 
 
 _register(
-    "compact(Tensor[] scores, Scalar value, SymInt n_greater, SymInt[] ties_kept) -> Tensor[]",
+    "compact(Tensor[] scores, Scalar value, SymInt[] greater, SymInt[] ties_kept) -> Tensor[]",
     _run_compact,
     _fake_compact,
+)
+
+
+# dr_fim_threshold_ ----------------------------------------------------------------------------------------------------
+
+
+def checked_score_and_search(
+    scores: list[Tensor],
+    fisher: list[Tensor],
+    shifted: list[Tensor],
+    k: int,
+    count: int,
+    kind: str,
+    c: float,
+    gamma: float = 1.0,
+    prior_precision: float = 0.0,
+    eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
+) -> Threshold:
+    """``dr_fim_score_``, then the k-th largest of the new scores.
+
+    Raises:
+        TypeError, ValueError: as :func:`fishertune_kernels.dr_fim_threshold_`.
+    """
+    from .dr_fim_score.fused import score_and_search  # its package imports this module
+    from .select_threshold.search import search
+
+    _check_dr_fim_score_(scores, fisher, shifted, count, kind, c)
+    _check_score_values(c, gamma, prior_precision, eps)
+    _check_count(count)
+    _check_k(k)
+    if not scores:
+        return search(scores, k, group)
+    module = _implementation("dr_fim_score", scores, fisher, shifted)
+    options = (count, kind, c, gamma, prior_precision, eps)
+    try:
+        return score_and_search(module, scores, _contiguous(fisher), _contiguous(shifted), options, k, group)
+    finally:
+        _mark_written(scores)  # also where NaN among them are refused
+
+
+def _run_dr_fim_threshold_(
+    scores: list[Tensor],
+    fisher: list[Tensor],
+    shifted: list[Tensor],
+    k: int,
+    count: int,
+    kind: str,
+    c: float,
+    gamma: float = 1.0,
+    prior_precision: float = 0.0,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor]:
+    return _as_tensors(
+        checked_score_and_search(scores, fisher, shifted, k, count, kind, c, gamma, prior_precision, eps)
+    )
+
+
+def _fake_dr_fim_threshold_(
+    scores: list[Tensor],
+    fisher: list[Tensor],
+    shifted: list[Tensor],
+    k: int,
+    count: int,
+    kind: str,
+    c: float,
+    gamma: float = 1.0,
+    prior_precision: float = 0.0,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor]:
+    _check_dr_fim_score_(scores, fisher, shifted, count, kind, c)
+    return _fake_select_threshold(scores, k)
+
+
+_register(
+    "dr_fim_threshold_(Tensor(a!)[] scores, Tensor[] fisher, Tensor[] shifted, SymInt k, SymInt count, str kind, "
+    "Scalar c, Scalar gamma=1.0, Scalar prior_precision=0.0, Scalar eps=1e-8) -> (Tensor, Tensor)",
+    _run_dr_fim_threshold_,
+    _fake_dr_fim_threshold_,
 )
 
 
@@ -704,9 +968,15 @@ def _check_sparse_adamw_(
     step: int,
     active_threshold: float | None,
     grad_scale: float,
+    grad_scale_tensor: Tensor | None = None,
+    compact_grads: bool = False,
+    stochastic: bool = False,
+    seed: int = 0,
+    offsets: Sequence[int] = (),
 ) -> None:
-    _check_shapes("params", params, grads=grads)
-    _check_lengths("params", params, indices=indices)
+    _check_lengths("params", params, grads=grads, indices=indices)
+    if not compact_grads:
+        _check_shapes("params", params, grads=grads)
     if active_threshold is not None and params and not scores:
         raise ValueError(
             f"active_threshold={active_threshold} needs the scores it is compared with. Pass scores=, the selection's "
@@ -719,12 +989,42 @@ def _check_sparse_adamw_(
     _check_tensors("grads", grads, device)
     _check_tensors("indices", indices, device, INDEX_DTYPES)
     state = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-    optional = {name: tensors for name, tensors in (("scores", scores), ("master", master)) if tensors}
+    optional = {
+        name: tensors
+        for name, tensors in (("scores", scores), ("master", master), ("grads", grads if compact_grads else []))
+        if tensors
+    }
     _check_compact(indices, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, **optional)
     _check_tensors("exp_avg", exp_avg, device, (state,), mutated=True)
     _check_tensors("exp_avg_sq", exp_avg_sq, device, (state,), mutated=True)
     _check_tensors("scores", scores, device, (state,))
     _check_tensors("master", master, device, (state,), mutated=True)
+    if grad_scale_tensor is not None:
+        _check_tensors("grad_scale", [grad_scale_tensor], device, (state,))
+        if grad_scale_tensor.numel() != 1:
+            raise ValueError(f"grad_scale has shape {tuple(grad_scale_tensor.shape)}; expected a single number.")
+    if stochastic:
+        _check_lengths("params", params, offsets=offsets)
+        _check_stochastic(params, master)
+
+
+def _check_stochastic(params: list[Tensor], master: list[Tensor]) -> None:
+    for i, param in enumerate(params):
+        if param.dtype == torch.float16:
+            raise TypeError(
+                f"params[{i}] is torch.float16 and rounding is 'stochastic', which is for bfloat16. The bits that "
+                "float16 drops vary in number below 6e-5, and it overflows at 65504. Keep a master copy: pass master=."
+            )
+        if param.dtype != torch.bfloat16:
+            raise TypeError(
+                f"params[{i}] is {param.dtype} and rounding is 'stochastic', which is for bfloat16: at this precision "
+                "small updates are kept anyway. Use rounding='nearest'."
+            )
+    if master:
+        raise ValueError(
+            "rounding is 'stochastic' and a master copy is given: the copy keeps what rounding drops, so nothing is "
+            "left to chance. Leave one of them out."
+        )
 
 
 def _run_sparse_adamw_(
@@ -743,16 +1043,24 @@ def _run_sparse_adamw_(
     step: int,
     active_threshold: float | None,
     grad_scale: float,
+    grad_scale_tensor: Tensor | None = None,
+    compact_grads: bool = False,
+    stochastic: bool = False,
+    seed: int = 0,
+    offsets: Sequence[int] = (),
 ) -> None:
     _check_sparse_adamw_(
         params, grads, indices, exp_avg, exp_avg_sq, scores, master, lr, beta1, beta2, eps, weight_decay, step,
-        active_threshold, grad_scale,
+        active_threshold, grad_scale, grad_scale_tensor, compact_grads, stochastic, seed, offsets,
     )  # fmt: skip
     _check_adam(lr, beta1, beta2, eps, step)
     _check_range("weight_decay", weight_decay, 0, math.inf)
     _check_finite(grad_scale=grad_scale)
     if active_threshold is not None and math.isnan(active_threshold):
         raise ValueError("active_threshold is NaN. Pass None to move every selected element.")
+    if stochastic:
+        check_seed(seed)
+        _check_offsets(offsets)
     if not params:
         return
     _check_indices("params", params, indices)
@@ -770,19 +1078,54 @@ def _run_sparse_adamw_(
         step=step,
         scores=_contiguous(scores) if scores else None,
         active_threshold=active_threshold,
-        grad_scale=grad_scale,
+        grad_scale=grad_scale if grad_scale_tensor is None else grad_scale_tensor,
         master=master or None,
+        compact_grads=compact_grads,
+        seed=seed if stochastic else None,
+        offsets=list(offsets) if stochastic else None,
     )
     _mark_written(params, exp_avg, exp_avg_sq, master)
 
 
-# Empty lists stand for absent scores and master copies.
+# Empty lists stand for absent scores and master copies. A scale is a number or a tensor, two arguments in a schema.
 _register(
     "sparse_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avg, "
     "Tensor(c!)[] exp_avg_sq, Tensor[] scores, Tensor(d!)[] master, Scalar lr, Scalar beta1, Scalar beta2, Scalar eps, "
-    "Scalar weight_decay, SymInt step, Scalar? active_threshold, Scalar grad_scale) -> ()",
+    "Scalar weight_decay, SymInt step, Scalar? active_threshold, Scalar grad_scale, Tensor? grad_scale_tensor=None, "
+    "bool compact_grads=False, bool stochastic=False, SymInt seed=0, SymInt[] offsets=[]) -> ()",
     _run_sparse_adamw_,
     _check_sparse_adamw_,
+)
+
+
+# selected_grad_norm ---------------------------------------------------------------------------------------------------
+
+
+def _fake_selected_grad_norm(grads: list[Tensor], indices: list[Tensor] | None) -> Tensor:
+    device = grads[0].device if grads else torch.device("cpu")
+    _check_tensors("grads", grads, device)
+    if indices is not None:
+        _check_lengths("grads", grads, indices=indices)
+        _check_tensors("indices", indices, device, INDEX_DTYPES)
+        _check_compact(indices)
+    wide = any(grad.dtype == torch.float64 for grad in grads)
+    return torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device)
+
+
+def _run_selected_grad_norm(grads: list[Tensor], indices: list[Tensor] | None) -> Tensor:
+    result = _fake_selected_grad_norm(grads, indices)
+    if not grads:
+        return result.zero_()
+    if indices is not None:
+        _check_indices("grads", grads, indices)
+        indices = _contiguous(indices)
+    norm: Tensor = _implementation("selected_grad_norm", grads).selected_grad_norm(_contiguous(grads), indices)
+    return norm
+
+
+# indices None counts every element.
+_register(
+    "selected_grad_norm(Tensor[] grads, Tensor[]? indices) -> Tensor", _run_selected_grad_norm, _fake_selected_grad_norm
 )
 
 
@@ -814,6 +1157,32 @@ def _run_gather_values(tensors: list[Tensor], indices: list[Tensor]) -> list[Ten
 
 
 _register("gather_values(Tensor[] tensors, Tensor[] indices) -> Tensor[]", _run_gather_values, _fake_gather_values)
+
+
+def _check_gather_values_into_(out: Tensor, tensors: list[Tensor], indices: list[Tensor]) -> None:
+    _check_lengths("tensors", tensors, indices=indices)
+    _check_tensors("tensors", tensors, out.device, (out.dtype,))
+    _check_tensors("indices", indices, out.device, INDEX_DTYPES)
+    _check_compact(indices)
+    _check_tensors("out", [out], out.device, None, mutated=True)
+    expected = sum(index.numel() for index in indices)
+    if out.dim() != 1 or out.numel() != expected:
+        raise ValueError(f"out has shape {tuple(out.shape)}; expected ({expected},), one value for every index.")
+
+
+def _run_gather_values_into_(out: Tensor, tensors: list[Tensor], indices: list[Tensor]) -> None:
+    _check_gather_values_into_(out, tensors, indices)
+    if tensors:
+        _check_indices("tensors", tensors, indices)
+        _implementation("values", tensors).gather_values_into_(out, _contiguous(tensors), _contiguous(indices))
+        _mark_written([out])
+
+
+_register(
+    "gather_values_into_(Tensor(a!) out, Tensor[] tensors, Tensor[] indices) -> ()",
+    _run_gather_values_into_,
+    _check_gather_values_into_,
+)
 
 
 def _check_scatter_values_(tensors: list[Tensor], indices: list[Tensor], values: list[Tensor]) -> None:

@@ -70,3 +70,16 @@ def standard_normal(
     )
     start = offset - 4 * first
     return lanes.reshape(-1)[start : start + count]
+
+
+def rounding_bits(elements: torch.Tensor, *, seed: int, step: int) -> torch.Tensor:
+    """Sixteen random bits for each global element index of ``elements`` (int64), as int64 in [0, 2¹⁶).
+
+    Key (seed low, seed high); counter (g>>2 low, g>>34 with its top bit set, step low, step high); the upper half of
+    word g & 3. No index reaches that top bit, so these words are none of those :func:`standard_normal` uses.
+    """
+    blocks = elements >> 2
+    step_low, step_high = torch.full_like(blocks, step & _LOW), torch.full_like(blocks, (step >> 32) & _LOW)
+    counter = (blocks & _LOW, (blocks >> 32) | 0x80000000, step_low, step_high)
+    words = torch.stack(philox4x32(counter, (seed & _LOW, (seed >> 32) & _LOW)))
+    return words.gather(0, (elements & 3).unsqueeze(0)).squeeze(0) >> 16

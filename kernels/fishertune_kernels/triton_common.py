@@ -14,6 +14,7 @@ All offsets are int64: a tensor may have more than 2³¹ elements.
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -56,11 +57,24 @@ class ListTable(NamedTuple):
         return self.pointers, self.layout, self.owners, self.n_tensors
 
 
-def list_table(block: int, *lists: Sequence[torch.Tensor], offsets: Sequence[int] | None = None) -> ListTable:
+def list_table(
+    block: int,
+    *lists: Sequence[torch.Tensor],
+    offsets: Sequence[int] | None = None,
+    whole_draws: bool = True,
+    scattered: int = 0,
+) -> ListTable:
     """Tables of one launch with chunks of ``block`` elements; the last list's tensors give the sizes.
 
     With ``offsets`` (global index of each tensor's first element) chunks begin at multiples of four global elements,
-    the size of a random-number block: a tensor's first chunk is then up to three elements short.
+    the size of a random-number block: a tensor's first chunk is then up to three elements short. ``whole_draws`` False
+    drops that, for kernels that draw by element. The first ``scattered`` lists are read element by element, so their
+    alignment says nothing.
+
+    A call finds its tables by the tensors' addresses. Parameters and optimizer state stay where they are. Gradients
+    that are freed every step (``zero_grad(set_to_none=True)``) come from torch's caching allocator, as a rule at the
+    same addresses again, which is a look-up; where they moved, a new pointer table is written to pinned memory and
+    copied on the current stream, and the host does not wait for the device.
     """
     sized = lists[-1]
     device = sized[0].device
@@ -68,27 +82,52 @@ def list_table(block: int, *lists: Sequence[torch.Tensor], offsets: Sequence[int
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
     sizes = tuple(tensor.numel() for tensor in sized)
-    layout, owners, n_chunks = _layout(device, stream, block, sizes, None if offsets is None else tuple(offsets))
-    pointers, aligned = _pointers(device, stream, addresses)
+    layout, owners, n_chunks = _layout(
+        device, stream, block, sizes, None if offsets is None else tuple(offsets), whole_draws
+    )
+    pointers, aligned = _pointers(device, stream, addresses, sum(map(len, lists[:scattered])))
     return ListTable(pointers, layout, owners, len(sized), n_chunks, aligned)
 
 
 @functools.lru_cache(maxsize=64)
 def _layout(
-    device: torch.device, stream: int, block: int, sizes: tuple[int, ...], offsets: tuple[int, ...] | None
+    device: torch.device,
+    stream: int,
+    block: int,
+    sizes: tuple[int, ...],
+    offsets: tuple[int, ...] | None,
+    whole_draws: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     sizes_T = torch.tensor(sizes, dtype=torch.int64, device="cpu")
-    lead_T = torch.zeros_like(sizes_T) if offsets is None else torch.tensor(offsets, device="cpu") & 3
+    aligns = offsets is not None and whole_draws
+    lead_T = torch.tensor(offsets, device="cpu") & 3 if aligns else torch.zeros_like(sizes_T)
     chunks_T = torch.where(sizes_T > 0, (sizes_T + lead_T + block - 1) // block, 0)
     first_T = chunks_T.cumsum(0) - chunks_T
     rows = [sizes_T, first_T] if offsets is None else [sizes_T, first_T, torch.tensor(offsets, device="cpu")]
     owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), chunks_T)
-    return torch.stack(rows).to(device), owners.to(device), owners.numel()
+    return _on_device(torch.stack(rows), device), _on_device(owners, device), owners.numel()
 
 
 @functools.lru_cache(maxsize=256)
-def _pointers(device: torch.device, stream: int, addresses: tuple[int, ...]) -> tuple[torch.Tensor, bool]:
-    return torch.tensor(addresses, dtype=torch.int64).to(device), all(address % 16 == 0 for address in addresses)
+def _pointers(
+    device: torch.device, stream: int, addresses: tuple[int, ...], n_scattered: int
+) -> tuple[torch.Tensor, bool]:
+    table = torch.frombuffer(array("q", addresses), dtype=torch.int64)  # several times faster than torch.tensor
+    return _on_device(table, device), not bool((table[n_scattered:] & 15).any())
+
+
+def _on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return table.to(device)
+    # Replays of a captured graph would read the host memory of this copy long after it served another table.
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "A list of tensors is new to fishertune_kernels while a CUDA graph is being captured. Run the same step on "
+            "the same tensors once on this stream before the capture; zero_grad(set_to_none=False) keeps gradients in "
+            "place."
+        )
+    # The pinned block goes back to torch's host allocator at once, which hands it out again only after the copy.
+    return table.pin_memory().to(device, non_blocking=True)
 
 
 def by_dtype(*columns: Sequence[object]) -> Iterator[list[list]]:
@@ -157,6 +196,33 @@ def rounded(value, DTYPE: tl.constexpr):
     else:
         result = value.to(DTYPE)
     return result
+
+
+@triton.jit
+def rounding_bits(element, seed_low, seed_high, step_low, step_high):
+    """Sixteen random bits, as uint32, for every global index of a tensor (``philox.py`` has the definition)."""
+    seed = (tl.cast(seed_high, tl.int64) << 32) | (tl.cast(seed_low, tl.int64) & 0xFFFFFFFF)
+    low = ((element >> 2) & 0xFFFFFFFF).to(tl.uint32)
+    high = (element >> 34).to(tl.uint32) | 0x80000000
+    zero = tl.zeros_like(low)
+    word0, word1, word2, word3 = tl.philox(
+        seed, low, high, zero + tl.cast(step_low, tl.uint32), zero + tl.cast(step_high, tl.uint32)
+    )
+    even = tl.where((element & 2) != 0, word2, word0)
+    odd = tl.where((element & 2) != 0, word3, word1)
+    return tl.where((element & 1) != 0, odd, even) >> 16
+
+
+@triton.jit
+def stochastically_rounded(value, random):
+    """float32 to bfloat16, up in magnitude if the dropped bits and the random ones carry; finite stays finite."""
+    word = value.to(tl.uint32, bitcast=True)
+    down = word >> 16
+    moved = (word + random) >> 16
+    finite = (word & 0x7F800000) != 0x7F800000
+    result = tl.where(finite & ((moved & 0x7F80) != 0x7F80), moved, down)
+    result = tl.where(value != value, 0x7FC0, result)
+    return result.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What an install contains, with a working build of the C++ library and with a failing one."""
+"""What an install contains, with a working build of the native library and with a failing one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILDS = shutil.which("cmake") is not None and shutil.which("c++") is not None
+NVCC = shutil.which("nvcc") is not None
 
 
 @pytest.fixture
@@ -28,12 +29,12 @@ def source(tmp_path: Path) -> Path:
     return target
 
 
-def wheel(source: Path, **environment: str) -> tuple[zipfile.ZipFile, str]:
+def wheel(source: Path, *, cuda: str = "OFF", **environment: str) -> tuple[zipfile.ZipFile, str]:
     """Build a wheel without isolation, which would need a package index; returns it and what the build printed."""
     out = source.parent / "wheels"
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--wheel-dir", out, source],
-        env={**os.environ, **environment},
+        env={**os.environ, "FISHERTUNE_CUDA": cuda, **environment},
         capture_output=True,
         text=True,
         errors="replace",
@@ -58,7 +59,7 @@ def install(archive: zipfile.ZipFile, target: Path, program: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(not BUILDS, reason="cmake or a C++ compiler is missing")
 def test_wheel_has_both_packages_and_the_library(source, tmp_path):
-    archive, _ = wheel(source)
+    archive, _ = wheel(source, cuda="AUTO")
     names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {"fishertune", "fishertune_kernels"} <= tops
@@ -71,9 +72,14 @@ def test_wheel_has_both_packages_and_the_library(source, tmp_path):
     assert archive.filename.rsplit("-", 3)[1:3] == ["py3", "none"]
     program = (
         "import torch, fishertune_kernels as fk\nfrom fishertune_kernels import native\n"
-        "print(native.__file__, native.available(), fk.select_threshold(torch.arange(10.), 3).value)"
+        "print(native.available(), fk.select_threshold(torch.arange(10.), 3).value)\nprint(native.cuda_why_not())"
     )
-    assert install(archive, tmp_path / "site", program).split()[1:] == ["True", "7.0"]
+    answer, cuda = install(archive, tmp_path / "site", program).splitlines()
+    assert answer == "True 7.0"
+    if NVCC:
+        assert "not built" not in cuda
+    else:
+        assert "not built with CUDA (no working nvcc was found)" in cuda
 
 
 @pytest.mark.slow
@@ -97,6 +103,43 @@ def test_second_build_after_the_build_tools_moved(source):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (BUILDS and NVCC), reason="cmake, a C++ compiler or nvcc is missing")
+def test_cuda_code_that_does_not_compile_costs_only_the_cuda_kernels(source, tmp_path):
+    with (source / "csrc" / "cuda" / "api.cu").open("a") as file:
+        file.write("#error broken on purpose\n")
+    archive, printed = wheel(source, cuda="AUTO")
+    assert "WARNING: fishertune's native library is without CUDA kernels" in printed
+    assert "broken on purpose" in printed
+    program = (
+        "import torch, fishertune_kernels as fk\nfrom fishertune_kernels import native\n"
+        "print(native.available(), fk.select_threshold(torch.arange(10.), 3).value)\nprint(native.cuda_why_not())"
+    )
+    answer, cuda = install(archive, tmp_path / "site", program).splitlines()
+    assert answer == "True 7.0"
+    assert "not built with CUDA (compiling its CUDA part failed); rebuild it with FISHERTUNE_CUDA=ON" in cuda
+
+
+@pytest.mark.skipif(not BUILDS, reason="cmake or a C++ compiler is missing")
+@pytest.mark.parametrize(
+    ("cuda", "explanation"),
+    [("ON", "FISHERTUNE_CUDA=ON, but the CMake configure step failed"), ("yes", "FISHERTUNE_CUDA=YES is not known")],
+)
+def test_cuda_that_was_asked_for_and_cannot_be_had_is_an_error(source, tmp_path, cuda, explanation):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'this nvcc does not work'\nexit 1\n")
+    nvcc.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_native"],
+        env={**os.environ, "FISHERTUNE_CUDA": cuda, "CUDACXX": str(nvcc)},
+        cwd=source,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert explanation in done.stderr
+
+
+@pytest.mark.slow
 def test_a_failing_build_still_installs_and_says_why(source, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -105,7 +148,7 @@ def test_a_failing_build_still_installs_and_says_why(source, tmp_path):
     cmake.chmod(0o755)
     archive, printed = wheel(source, PATH=f"{tools}{os.pathsep}{os.environ['PATH']}")
     assert not [name for name in archive.namelist() if name.endswith(".so")]
-    assert "WARNING: fishertune is installed without its native CPU library" in printed
+    assert "WARNING: fishertune is installed without its native library" in printed
     assert "No CMAKE_CXX_COMPILER could be found." in printed
     assert "times as long" in printed
     program = (
@@ -123,7 +166,10 @@ def test_a_failing_build_still_installs_and_says_why(source, tmp_path):
 @pytest.mark.skipif(not BUILDS, reason="cmake or a C++ compiler is missing")
 def test_editable_install_builds_into_the_source_tree(source):
     program = "import setuptools.build_meta as backend, sys; backend.build_editable(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", program, source.parent], cwd=source, check=True, capture_output=True)
+    environment = {**os.environ, "FISHERTUNE_CUDA": "OFF"}
+    subprocess.run(
+        [sys.executable, "-c", program, source.parent], cwd=source, check=True, capture_output=True, env=environment
+    )
     assert (source / "kernels" / "fishertune_kernels" / "lib" / "libfishertune.so").is_file()
 
 

@@ -73,8 +73,67 @@ def test_cuda_without_triton_runs_the_reference(monkeypatch: pytest.MonkeyPatch)
         chosen("compact", "cuda")
 
 
-def test_an_operator_may_lack_a_backend() -> None:
-    assert dispatch._obstacle("compact", "nonesuch", "cpu") == "compact has no nonesuch implementation"
+def test_an_operator_may_lack_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISHERTUNE_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="values has no cuda implementation, only reference, native, triton"):
+        chosen("values", "cuda")
+
+
+def test_a_choice_for_some_operators_leaves_the_others_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native, "cuda_why_not", lambda: None)
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name, package: importlib.util.module_from_spec(
+        importlib.util.find_spec(name, package)
+    ))  # fmt: skip
+    monkeypatch.setenv("FISHERTUNE_BACKEND", "select_threshold=cuda, compact=cuda,values=reference")
+    with caplog.at_level(logging.INFO, logger="fishertune_kernels"):
+        for _ in range(2):
+            assert chosen("select_threshold", "cuda") == "cuda"
+    assert [record.getMessage() for record in caplog.records] == ["select_threshold on cuda: cuda (FISHERTUNE_BACKEND)"]
+    assert chosen("compact", "cuda") == "cuda"
+    assert chosen("compact", "cuda", torch.float64) == "reference"
+    assert chosen("values", "cpu") == "reference"
+    assert chosen("sparse_adamw", "cpu") == "native"
+    if importlib.util.find_spec("triton") is not None:
+        assert chosen("sparse_adamw", "cuda") == "triton"
+
+
+def test_cuda_tensors_run_triton_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(native, "cuda_why_not", lambda: None)
+    assert dispatch._choose("select_threshold", "cuda", frozenset({torch.float32}), "") == ("triton", "cuda tensors")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("compact=cuda,select=cuda", r"'select' is no operator; expected compact, dr_fim_score, .*values\."),
+        ("compact=opencl", r"'opencl' is no backend; expected reference, native, triton, cuda\."),
+        ("compact=cuda,", r"'' is no operator; expected"),
+        ("triton,compact=cuda", r"'triton' is no operator; expected"),
+    ],
+)
+def test_a_mistake_in_a_choice_by_operator_lists_what_exists(
+    monkeypatch: pytest.MonkeyPatch, setting: str, message: str
+) -> None:
+    monkeypatch.setenv("FISHERTUNE_BACKEND", setting)
+    with pytest.raises(ValueError, match=message):
+        chosen("values")
+
+
+def test_cuda_kernels_that_cannot_run_are_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISHERTUNE_BACKEND", "compact=cuda")
+    with pytest.raises(
+        RuntimeError, match=r"FISHERTUNE_BACKEND=compact=cuda cannot run compact on cpu tensors: the CUDA"
+    ):
+        chosen()
+    monkeypatch.setattr(native, "cuda_why_not", lambda: "the library has no CUDA kernels; rebuild it")
+    with pytest.raises(
+        RuntimeError, match="cannot run compact on cuda tensors: the library has no CUDA kernels; rebuild"
+    ):
+        chosen("compact", "cuda")
 
 
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import fishertune_kernels as fk
+from fishertune_kernels.select_threshold import search
 
 WORLD_SIZE = 2
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -32,13 +33,11 @@ def cases() -> dict[str, tuple[list[torch.Tensor], list[int]]]:
         "half types": ([torch.randn(50, generator=g).bfloat16(), torch.randn(20, generator=g).half()], [10, 19]),
         "float64": ([torch.randn(30, generator=g, dtype=torch.float64).round(decimals=1)], [17]),
         "infinities": ([torch.tensor([math.inf, -math.inf, 0.0, math.inf]), torch.full((4,), -math.inf)], [1, 3]),
+        "skewed": ([torch.randn(3000, generator=g), torch.rand(40, 50, generator=g) * 3], [3000, 0]),
     }
 
 
-def rank_main(rank: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=WORLD_SIZE, timeout=TIMEOUT)
-    group = dist.group.WORLD
+def check_every_case(rank: int, group: dist.ProcessGroup) -> None:
     for name, (whole, rows) in cases().items():
         n = sum(tensor.numel() for tensor in whole)
         shards = [tensor[:count] if rank == 0 else tensor[count:] for tensor, count in zip(whole, rows, strict=True)]
@@ -58,6 +57,48 @@ def rank_main(rank: int, rendezvous: str) -> None:
             dist.all_gather_object(gathered, ours)
             assert sorted(itertools.chain(*gathered)) == np.sort(order[:k]).tolist(), (name, k)
 
+
+def check_sampling(rank: int, group: dist.ProcessGroup) -> None:
+    """Every rank tries the same brackets, as many as one process would; also where a rank holds most of the top."""
+    search.SMALL, search.LARGEST_SHARE = 1, 1.0
+    check_every_case(rank, group)
+
+    tried: list[search.Bracket] = []
+    original = search.sampled_bracket
+    search.sampled_bracket = lambda *arguments: tried.append(original(*arguments)) or tried[-1]
+    reads = []
+    collect, settled = torch.ops.fishertune.collect_bracket.default, search.settled
+    search.settled = lambda *arguments: reads.append(collect) or settled(*arguments)
+    g = torch.Generator().manual_seed(8)
+    whole = [torch.randn(20_000, generator=g), torch.rand(100, 50, generator=g)]
+    mine = [tensor[: len(tensor) // 5] if rank == 0 else tensor[len(tensor) // 5 :] for tensor in whole]
+    scores = [torch.empty_like(tensor) for tensor in mine]
+    for k in (1, 1250, 12_000):
+        tried.clear()
+        reads.clear()
+        threshold = fk.select_threshold(mine, k, group=group)
+        assert threshold.value == torch.cat([tensor.flatten() for tensor in whole]).topk(k).values[-1]
+        assert len(tried) == len(reads) == 1
+        brackets: list[search.Bracket] = [tried[0]] * WORLD_SIZE
+        dist.all_gather_object(brackets, tried[0])
+        assert brackets[0] == brackets[1]
+        assert fk.dr_fim_threshold_(scores, mine, None, k, count=1, kind="f", c=0.0, group=group) == threshold
+        assert len(reads) == 2
+
+    # Rank 0 has more candidates than the room, rank 1 has not: both must go on to the exact key.
+    search.sampled_bracket = lambda *_: search.Bracket(0x80000000, search.LAST_KEY, 5)
+    lone = torch.rand(50) if rank == 0 else torch.full((3,), -1.0)
+    reads.clear()
+    assert fk.select_threshold(lone, 50, group=group).n_greater == (49 if rank == 0 else 0)
+    assert len(reads) == 2
+
+
+def rank_main(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=WORLD_SIZE, timeout=TIMEOUT)
+    group = dist.group.WORLD
+    check_every_case(rank, group)
+
     # What one rank alone has wrong must fail on both, not hang.
     bad = torch.tensor([1.0, math.nan]) if rank == 1 else torch.ones(2)
     with pytest.raises(ValueError, match="1 of 4 scores are NaN"):
@@ -75,6 +116,7 @@ def rank_main(rank: int, rendezvous: str) -> None:
     alone = [dist.new_group([member], timeout=TIMEOUT) for member in range(WORLD_SIZE)][rank]
     scores = torch.arange(5.0) + 10 * rank
     assert fk.select_threshold(scores, 2, group=alone) == fk.select_threshold(scores, 2)
+    check_sampling(rank, group)
     dist.destroy_process_group()
 
 

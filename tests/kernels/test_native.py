@@ -14,10 +14,13 @@ from fishertune_kernels import native, select_threshold
 from fishertune_kernels.compact import native as compaction
 from fishertune_kernels.dr_fim_score import native as scoring
 from fishertune_kernels.gaussian_perturb import native as perturbing
+from fishertune_kernels.per_sample_affine_squared_grad import native as affine
 from fishertune_kernels.per_sample_squared_grad import native as per_sample
 from fishertune_kernels.precision_update import native as precision
 from fishertune_kernels.select_threshold import native as threshold
+from fishertune_kernels.select_threshold import reference, search
 from fishertune_kernels.select_threshold.search import Threshold
+from fishertune_kernels.selected_grad_norm import native as norms
 from fishertune_kernels.sparse_adamw import native as adamw
 from fishertune_kernels.squared_grad_accumulate import native as squares
 from fishertune_kernels.values import native as values
@@ -95,27 +98,56 @@ def test_squares_accumulate(isa, threads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 17, 40, 24), (1, 1, 1, 1), (2, 5, 0, 7), (0, 5, 3, 4), (4, 33, 700, 9)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 1, 17, 40, 24), (1, 1, 1, 1, 1), (2, 2, 5, 0, 7), (0, 1, 5, 3, 4), (4, 1, 33, 700, 9), (2, 3, 9, 70, 31)],
+)
 def test_per_sample_squares(isa, monkeypatch, dtype, shape):
-    n, t, o, i = shape
+    n, h, t, o, i = shape
     monkeypatch.setattr(per_sample, "TILE_ELEMENTS", 1000)  # several tiles, the last one ragged
     generator = torch.Generator().manual_seed(1)
-    x, dy = (torch.randn(n, t, c, generator=generator).to(dtype) for c in (i, o))
-    weight_sum, bias_sum = torch.rand(o, i), torch.rand(o)
-    grads = torch.einsum("nto,nti->noi", dy.double(), x.double())
+    x, dy = (torch.randn(n, h, t, c, generator=generator).to(dtype) for c in (i, o))
+    weight_sum, bias_sum = torch.rand(h, o, i), torch.rand(h, o)
+    grads = torch.einsum("nhto,nhti->nhoi", dy.double(), x.double())
     expected = weight_sum.double() + 0.5 * grads.square().sum(0)
-    expected_bias = bias_sum.double() + 0.5 * dy.double().sum(1).square().sum(0)
+    expected_bias = bias_sum.double() + 0.5 * dy.double().sum(2).square().sum(0)
     per_sample.per_sample_squared_grad_(weight_sum, x, dy, 0.5, bias_sum)
     # A dot product of t terms errs by at most t/2 ulp of Σ|terms|; squares of cancelling sums need an absolute scale.
-    scale = torch.einsum("nto,nti->noi", dy.double().abs(), x.double().abs()).square().sum(0) + 1
+    scale = torch.einsum("nhto,nhti->nhoi", dy.double().abs(), x.double().abs()).square().sum(0) + 1
     assert ((weight_sum - expected).abs() <= 2 * t * ULP * scale).all()
-    bias_scale = dy.double().abs().sum(1).square().sum(0) + 1
+    bias_scale = dy.double().abs().sum(2).square().sum(0) + 1
     assert ((bias_sum - expected_bias).abs() <= 2 * t * ULP * bias_scale).all()
 
 
+@pytest.mark.parametrize("dtypes", [*itertools.product(DTYPES, DTYPES)])
+@pytest.mark.parametrize("shape", [(3, 130, 70), (1, 1, 1), (2, 64, 513), (2, 65, 1100)])
+def test_per_sample_affine_squares(isa, threads, dtypes, shape):
+    """Around the 64 tokens of a partial sum, the 512 channels of a chunk, and shares of three threads."""
+    n, t, c = shape
+    generator = torch.Generator().manual_seed(2)
+    x, dy = (torch.randn(shape, generator=generator).to(dtype) for dtype in dtypes)
+    mean, rstd = (torch.rand(n, t, generator=generator) for _ in range(2))
+    sums = [torch.rand(c), torch.rand(c)]
+    normalised = (x.double() - mean[..., None].double()) * rstd[..., None].double()
+    terms = [dy.double() * normalised, dy.double()]
+    expected = [s.double() + 0.5 * term.sum(1).square().sum(0) for s, term in zip(sums, terms, strict=True)]
+    affine.per_sample_affine_squared_grad_(*sums, x, dy, 0.5, mean, rstd)
+    # Three roundings in a term and at most t in a sum, each half a spacing of the sizes added; the square doubles them.
+    for actual, wanted, term in zip(sums, expected, terms, strict=True):
+        assert ((actual - wanted).abs() <= (t + 4) * ULP * (term.abs().sum(1).square().sum(0) + 1)).all()
+
+
+def test_per_sample_affine_sums_of_many_tokens_stay_accurate(isa):
+    """One running sum of 2²⁰ tenths is off by 4 %; 2¹⁴ partial sums of 64 by at most 2¹⁴ half spacings, 5e-4."""
+    tokens, total = 1 << 20, torch.zeros(1)
+    affine.per_sample_affine_squared_grad_(None, total, None, torch.full((1, tokens, 1), 0.1))
+    exact = (tokens * torch.tensor(0.1).double()) ** 2
+    assert abs(total.double() - exact) / exact < 2 * 5e-4  # of the square
+
+
 def test_per_sample_squares_ignore_autocast():
-    x, dy = torch.randn(2, 9, 5), torch.randn(2, 9, 6)
-    plain, cast = torch.zeros(6, 5), torch.zeros(6, 5)
+    x, dy = torch.randn(2, 1, 9, 5), torch.randn(2, 1, 9, 6)
+    plain, cast = torch.zeros(1, 6, 5), torch.zeros(1, 6, 5)
     per_sample.per_sample_squared_grad_(plain, x, dy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         per_sample.per_sample_squared_grad_(cast, x, dy)
@@ -297,7 +329,8 @@ def stable_top_k(scores: list[torch.Tensor], k: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fill", ["awkward", "equal", "subnormal"])
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.5, 1.0])
-def test_threshold_and_compaction_are_exact(isa, threads, dtype, fill, fraction):
+def test_threshold_and_compaction_are_exact(isa, threads, monkeypatch, dtype, fill, fraction):
+    monkeypatch.setattr(search, "SMALL", 1)  # by a sample first
     make = {
         "awkward": awkward,
         "equal": lambda n, dtype: torch.full((n,), -2.0, dtype=dtype),
@@ -318,8 +351,91 @@ def test_threshold_and_compaction_are_exact(isa, threads, dtype, fill, fraction)
 
 def test_compaction_leaves_out_nan_and_what_is_beyond_the_quota(isa):
     scores = [torch.tensor([math.nan, 1.0, 2.0, 1.0, 3.0, 1.0]), torch.ones(200), torch.tensor([math.nan] * 130)]
-    indices = compaction.compact(scores, Threshold(1.0, 2, 3, (2, 1, 0)))
+    indices = compaction.compact(scores, Threshold(1.0, (2, 0, 0), (2, 1, 0)))
     assert [index.tolist() for index in indices] == [[1, 2, 3, 4], [0], []]
+
+
+@pytest.mark.parametrize("extra", [1, -1])
+def test_compaction_stays_within_the_memory_a_wrong_threshold_gives_it(isa, threads, extra):
+    scores = [awkward(n) for n in (70_001, 200_000)]
+    right = select_threshold(scores, 40_000)
+    wrong = right._replace(greater_per_tensor=(right.greater_per_tensor[0], right.greater_per_tensor[1] + extra))
+    with pytest.raises(ValueError, match=rf"stands for {40_000 + extra} elements but the scores hold 40000.*scores\[1\]"):
+        compaction.compact(scores, wrong)
+
+
+def test_compaction_writes_int64_indices(isa, threads):
+    """What a tensor of more than 2³¹ elements needs, on one that fits a test."""
+    scores = [awkward(300_000), awkward(1000)]
+    found = select_threshold(scores, 30_000)
+    indices, selected = [], torch.empty(2, dtype=torch.int64)
+    rows = native.Rows()
+    for score, above, ties in zip(scores, found.greater_per_tensor, found.ties_kept_per_tensor, strict=True):
+        index = torch.full((above + ties + 64,), -7)  # a fence behind the index
+        indices.append(index)
+        rows.add(score.data_ptr(), score.numel(), 0, ties, index.data_ptr(), 1, above + ties)
+    native.call("ft_compact", rows, found.value, selected.data_ptr())
+    for index, count, expected in zip(indices, selected.tolist(), stable_top_k(scores, 30_000), strict=True):
+        np.testing.assert_array_equal(index[:count].numpy(), expected)
+        assert (index[count:] == -7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 2, 7, 64, 1000])
+def test_sample_is_the_references(isa, threads, dtype, stride):
+    scores = [awkward(n, dtype) for n in SIZES]
+    ours, theirs = threshold.sample_scores(scores, stride), reference.sample_scores(scores, stride)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours.nan_to_num(nan=-9.0), theirs.nan_to_num(nan=-9.0))
+
+
+BRACKETS = {"everything": (0, 2**32 - 1), "one key": (0xBF800000, 0xBF800000), "zero": (0x80000000, 0x80000000),
+            "positive": (0x80000001, 0xFF7FFFFF), "across zero": (0x7F000000, 0x80010000), "none": (1, 2)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BRACKETS)
+def test_bracket_is_the_references(isa, threads, dtype, name):
+    scores = [awkward(n, dtype) for n in (*SIZES, 150_000)]
+    scores[-1][5::101] = math.nan
+    scores[-1][6::97] = -math.nan
+    low, high = BRACKETS[name]
+    counts, expected = reference.collect_bracket(scores, low, high, 10**6)
+    for capacity in {10**6, len(expected), max(len(expected) - 1, 0), 0}:
+        ours, candidates = threshold.collect_bracket(scores, low, high, capacity)
+        assert torch.equal(ours, counts)
+        fits = capacity >= len(expected)
+        assert torch.equal(candidates.sort().values, expected.sort().values if fits else expected[:0])
+
+
+@pytest.mark.parametrize("kind", ["f", "dr_fim_variational"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_and_their_bracket_in_one_pass(isa, threads, kind, dtype):
+    fisher, shifted = ([(torch.rand(n) ** 4).to(dtype) for n in SIZES] for _ in range(2))
+    options = (2, kind, 0.4, 0.3, 1.5, 1e-2)
+    scores = [torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in SIZES]
+    apart = [score.clone() for score in scores]
+    bracket = (0xBE000000, 0xBF000000, 70_000)
+    counts, candidates = scoring.dr_fim_score_collect_(scores, fisher, shifted, *options, *bracket)
+    scoring.dr_fim_score_(apart, fisher, shifted, *options)
+    assert all(torch.equal(a, b) for a, b in zip(scores, apart, strict=True))
+    expected_counts, expected = reference.collect_bracket(apart, *bracket)
+    assert torch.equal(counts, expected_counts)
+    assert torch.equal(candidates.sort().values, expected.sort().values)
+    assert 0 < len(expected) < sum(SIZES)
+
+
+def test_what_the_library_refuses(isa):
+    score = torch.rand(10)
+    rows = native.Rows()
+    rows.add(score.data_ptr(), 10, 0)
+    for low, high, capacity in ((-1, 5, 1), (0, 2**32, 1), (6, 5, 1), (0, 5, -1)):
+        bracket = threshold.Bracket(1, 0, 0, 1)
+        bracket.low, bracket.high, bracket.capacity = low, high, capacity
+        with pytest.raises(ValueError, match=f"bracket from {low} to {high} with room for {capacity}"):
+            native.call("ft_collect_bracket", rows, ctypes.addressof(bracket))
+    with pytest.raises(ValueError, match="stride is 0"):
+        native.call("ft_sample_scores", rows, 0, score.data_ptr())
 
 
 @pytest.fixture
@@ -464,6 +580,9 @@ def every_operator() -> list[torch.Tensor]:
     for dtype in DTYPES:
         x, state, m, v = a.to(dtype), b.square(), c * 0.1, c.square()
         squares.squared_grad_accumulate_([state], [x], 0.3)
+        tokens, channels = x.view(3, 20, 1100), [torch.zeros(1100), torch.zeros(1100)]
+        affine.per_sample_affine_squared_grad_(*channels, tokens, tokens, 0.5)
+        out += channels
         out += perturbing.gaussian_perturb([x], [state], 0.5, 1, 2, [5])
         precision.precision_update_natural_([state], [x.square()], 0.1, 0.2)
         precision.precision_update_sgvb_([state], [x], [m], [v], 0.1, (0.9, 0.99), 1e-8, 0.5, 1.0, 1, 2, 3, [5])
@@ -472,6 +591,12 @@ def every_operator() -> list[torch.Tensor]:
         m, v = (s[: len(index)].clone() for s in (m, v))
         adamw.sparse_adamw_([param], [x], [index], [m], [v], **ADAMW, step=4)
         out += [param, m, v]
+        out.append(norms.selected_grad_norm([x, a], [index, index]))
+        out.append(norms.selected_grad_norm([x], None))
+        if dtype == torch.bfloat16:
+            adamw.sparse_adamw_([param], [x[index]], [index], [m], [v], **ADAMW, step=5, compact_grads=True, seed=7,
+                                offsets=[2**33 + 1])  # fmt: skip
+            out.append(param)
     return out
 
 
@@ -486,6 +611,29 @@ def test_results_do_not_depend_on_instruction_set_or_threads(isa):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_norms_sum_is_the_same_to_the_last_bit(isa, whole):
+    """In float64, of which the float32 result would hide the last bits."""
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in SIZES]
+    indices = [selections(n, 0.5, torch.int64) for n in SIZES]
+
+    def squares(threads: int) -> float:
+        rows, norm = native.Rows(), ctypes.c_double()
+        for t, i in zip(tensors, indices, strict=True):
+            index, count = (0, t.numel()) if whole else (i.data_ptr(), i.numel())
+            rows.add(t.data_ptr(), index, t.numel(), count, 0, 1)
+        assert native.lib().ft_selected_grad_norm(*rows.arguments, ctypes.addressof(norm), threads) == 0
+        return norm.value
+
+    found = squares(3)
+    chosen = tensors if whole else [t[i] for t, i in zip(tensors, indices, strict=True)]
+    # Sums of positive terms in float64: 256 to a lane of a chunk, then 25 chunks.
+    assert abs(found / float(torch.cat(chosen).double().norm()) - 1) < 300 * 2.0**-53
+    assert squares(1) == found
+    native.set_isa("portable")
+    assert squares(2) == found
 
 
 def test_half_conversions_agree_with_torch_on_every_bit_pattern(isa):
@@ -567,5 +715,5 @@ def test_header_and_loader_agree_on_the_interface_version():
 
 
 def test_structures_have_the_size_the_header_gives_them():
-    assert ctypes.sizeof(adamw._AdamW) == 8 * 8
+    assert ctypes.sizeof(adamw._AdamW) == 11 * 8
     assert ctypes.sizeof(precision._Sgvb) == 10 * 8

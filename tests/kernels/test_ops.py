@@ -36,6 +36,15 @@ def sample_arguments(operator: str) -> tuple:
             1.0,
             torch.zeros(4),
         ),
+        "per_sample_affine_squared_grad_": (
+            torch.zeros(3),
+            torch.zeros(3),
+            torch.randn(2, 5, 3, generator=g),
+            torch.randn(2, 5, 3, generator=g).bfloat16(),
+            0.5,
+            torch.rand(2, 5, generator=g),
+            torch.rand(2, 5, generator=g),
+        ),
         "gaussian_perturb": (half, state, 0.5, 7, 2, [0, 12], 1.0),
         "precision_update_natural_": (state, more, 0.1, 0.5),
         "precision_update_sgvb_": (
@@ -57,9 +66,11 @@ def sample_arguments(operator: str) -> tuple:
         ),
         "dr_fim_score": (state, more, "dr_fim", 0.5),
         "dr_fim_score_": (moments, state, more, 2, "dr_fim_variational", 0.5, 0.1, 2.0, 1e-8),
+        "dr_fim_threshold_": (moments, state, more, 5, 2, "dr_fim", 0.5),
         "key_histogram": (half, 21, 11, 0, 0),
         "select_threshold": (half, 5),
-        "compact": (half, -math.inf, 19, [0, 0]),
+        "collect_bracket": (half, 0x3F800000, 0xC0000000, 19),
+        "compact": (half, -math.inf, [12, 7], [0, 0]),
         "sparse_adamw_": (
             half,
             more,
@@ -76,19 +87,45 @@ def sample_arguments(operator: str) -> tuple:
             1,
             0.5,
             1.0,
+            torch.tensor(0.25),
         ),
+        "sparse_adamw_ stochastic": (
+            [tensor.bfloat16() for tensor in half],
+            compact[2],
+            indices,
+            compact[0],
+            compact[1],
+            [],
+            [],
+            0.1,
+            0.9,
+            0.99,
+            1e-8,
+            0.05,
+            1,
+            None,
+            1.0,
+            None,
+            True,
+            True,
+            7,
+            [0, 12],
+        ),
+        "selected_grad_norm": (half, indices),
         "gather_values": (half, indices),
+        "gather_values_into_": (torch.zeros(5), state, indices),
         "scatter_values_": (state, indices, compact[0]),
     }[operator]
 
 
-# precision_update_ only chooses between two of the others
-OPERATORS = sorted(set(fk.__all__) - {"Threshold", "precision_update_"})
+# precision_update_ only chooses between two of the others; gather_values with a buffer is an operator of its own
+OPERATORS = sorted(set(fk.__all__) - {"Threshold", "precision_update_"} | {"gather_values_into_"})
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_opcheck(backend: str, operator: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.fishertune, operator).default, sample_arguments(operator))
+@pytest.mark.parametrize("case", [*OPERATORS, "sparse_adamw_ stochastic"])
+def test_opcheck(backend: str, case: str) -> None:
+    operator = getattr(torch.ops.fishertune, case.split()[0])
+    torch.library.opcheck(operator.default, sample_arguments(case))
 
 
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name.endswith("_")])
@@ -152,32 +189,55 @@ def test_changing_hyper_parameters_do_not_recompile(backend: str) -> None:
     counter = CompileCounter()
 
     @torch.compile(fullgraph=True, backend=counter)
-    def step(param, grad, index, exp_avg, exp_avg_sq, scores, lr, number, threshold):
+    def step(param, grad, index, exp_avg, exp_avg_sq, scores, half, lr, number, threshold):
         options = {**ADAMW, "lr": lr}
         fk.sparse_adamw_(
             param, grad, index, exp_avg, exp_avg_sq, step=number, scores=scores, active_threshold=threshold, **options
         )
+        scale = 1 / fk.selected_grad_norm(grad, index)
+        fk.sparse_adamw_(
+            half,
+            grad,
+            index,
+            exp_avg,
+            exp_avg_sq,
+            step=number,
+            grad_scale=scale,
+            rounding="stochastic",
+            seed=3 * number,
+            **options,
+        )
         return fk.gaussian_perturb(param, torch.ones_like(param), prior_precision=lr, seed=5, step=number)
 
     tensors = torch.randn(9), torch.randn(9), torch.arange(4), torch.zeros(4), torch.zeros(4), torch.rand(4)
+    tensors = *tensors, torch.randn(9).bfloat16()
     eager = copy.deepcopy(tensors)
     for number in range(1, 11):
         step(*tensors, 1e-2 / number, number, 0.1 * number)
-        fk.sparse_adamw_(
-            *eager[:5], step=number, scores=eager[5], active_threshold=0.1 * number, **{**ADAMW, "lr": 1e-2 / number}
-        )
+        options = {**ADAMW, "lr": 1e-2 / number, "step": number}
+        fk.sparse_adamw_(*eager[:5], scores=eager[5], active_threshold=0.1 * number, **options)
+        scale = 1 / fk.selected_grad_norm(eager[1], eager[2])
+        fk.sparse_adamw_(eager[6], *eager[1:5], grad_scale=scale, rounding="stochastic", seed=3 * number, **options)
     assert counter.frame_count <= 2
-    assert torch.equal(tensors[0], eager[0])
+    assert torch.equal(tensors[0], eager[0]) and torch.equal(tensors[6], eager[6])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_empty_lists_and_inference_tensors(backend: str, operator: str) -> None:
     with torch.inference_mode():
         getattr(torch.ops.fishertune, operator).default(*sample_arguments(operator))
-    if operator in ("per_sample_squared_grad_", "key_histogram", "select_threshold"):
+    if operator in (
+        "per_sample_squared_grad_", "per_sample_affine_squared_grad_", "key_histogram", "collect_bracket",
+        "select_threshold", "dr_fim_threshold_",
+    ):  # fmt: skip
         return
-    # 5 would be a threshold's count for compact
-    arguments = [[] if isinstance(a, list) else 0 if a == 19 else a for a in sample_arguments(operator)]
+    if operator == "selected_grad_norm":
+        assert fk.selected_grad_norm([], []) == fk.selected_grad_norm([]) == 0
+        return
+    if operator == "gather_values_into_":
+        assert fk.gather_values([], [], out=torch.empty(0)) == []
+        return
+    arguments = [[] if isinstance(a, list) else a for a in sample_arguments(operator)]
     assert getattr(torch.ops.fishertune, operator).default(*arguments) in (None, [])
 
 
@@ -221,6 +281,14 @@ def per_sample(**changes: object) -> Callable[[], None]:
         "accumulator_OI": torch.zeros(4, 3), "x_NTI": torch.ones(2, 5, 3), "dy_NTO": torch.ones(2, 5, 4), **changes,
     }  # fmt: skip
     return lambda: fk.per_sample_squared_grad_(**arguments)
+
+
+def affine(**changes: object) -> Callable[[], None]:
+    arguments: dict = {
+        "weight_accumulator_C": torch.zeros(3), "bias_accumulator_C": torch.zeros(3), "x_NTC": torch.ones(2, 5, 3),
+        "dy_NTC": torch.ones(2, 5, 3), **changes,
+    }  # fmt: skip
+    return lambda: fk.per_sample_affine_squared_grad_(**arguments)
 
 
 REFUSALS = {
@@ -270,10 +338,43 @@ REFUSALS = {
         ValueError,
         r"weight=nan is not finite",
     ),
-    "no token axis": (per_sample(x_NTI=torch.ones(2, 3)), ValueError, r"x_NTI has shape \(2, 3\).*unsqueeze\(1\)"),
-    "other tokens": (per_sample(x_NTI=torch.ones(2, 6, 3)), ValueError, r"samples and tokens must agree"),
+    "no token axis": (per_sample(x_NTI=torch.ones(2, 3)), ValueError, r"x_NTI has shape \(2, 3\).*unsqueeze\(-2\)"),
+    "other tokens": (per_sample(x_NTI=torch.ones(2, 6, 3)), ValueError, r"samples and tokens.*must agree"),
     "other layer": (per_sample(accumulator_OI=torch.zeros(3, 4)), ValueError, r"expected \(4, 3\)"),
     "other bias": (per_sample(bias_accumulator_O=torch.zeros(3)), ValueError, r"expected \(4,\)"),
+    "heads without heads": (
+        per_sample(accumulator_OI=torch.zeros(2, 4, 3)),
+        ValueError,
+        r"x_NTI has shape \(2, 5, 3\); expected \(samples, heads, tokens, features\)",
+    ),
+    "uneven windows": (per_sample(samples=3), ValueError, r"x_NTI has shape \(2, 5, 3\) and samples=3"),
+    "no samples": (per_sample(samples=0), ValueError, r"samples=0"),
+    "affine without tokens": (affine(dy_NTC=torch.ones(2, 3)), ValueError, r"dy_NTC has shape \(2, 3\).*unsqueeze"),
+    "no affine accumulator": (
+        affine(weight_accumulator_C=None, bias_accumulator_C=None, x_NTC=None),
+        ValueError,
+        r"both None",
+    ),
+    "affine of another width": (
+        affine(bias_accumulator_C=torch.zeros(1, 3)),
+        ValueError,
+        r"bias_accumulator_C has shape \(1, 3\); expected \(3,\)",
+    ),
+    "half affine accumulator": (
+        affine(weight_accumulator_C=torch.zeros(3).half()),
+        TypeError,
+        r"weight_accumulator_C\[0\] is torch.float16",
+    ),
+    "two affine precisions": (affine(bias_accumulator_C=torch.zeros(3).double()), TypeError, r"differ in dtype"),
+    "weight without input": (affine(x_NTC=None), ValueError, r"belong together"),
+    "input without weight": (affine(weight_accumulator_C=None), ValueError, r"belong together"),
+    "mean alone": (affine(mean_NT=torch.zeros(2, 5)), ValueError, r"Pass both with x_NTC, or neither"),
+    "other input": (affine(x_NTC=torch.ones(2, 4, 3)), ValueError, r"x_NTC\[0\] has shape \(2, 4, 3\)"),
+    "statistics with a channel axis": (
+        affine(mean_NT=torch.zeros(2, 5), rstd_NT=torch.zeros(2, 5, 1)),
+        ValueError,
+        r"rstd_NT has shape \(2, 5, 1\); expected \(2, 5\)",
+    ),
     "flat prior": (perturb(prior_precision=0.0), ValueError, r"prior_precision=0.0.*above 0"),
     "seed": (perturb(seed=-1), ValueError, r"seed=-1 is out of range.*2\*\*63"),
     "large seed": (perturb(seed=2**63), ValueError, r"seed=9223372036854775808"),
@@ -344,6 +445,83 @@ REFUSALS = {
         adamw(exp_avg=[torch.zeros(2).half()]),
         TypeError,
         r"exp_avg\[0\] is torch.float16; expected one of float32",
+    ),
+    "rounding": (adamw(rounding="up"), ValueError, r"rounding='up' is unknown. Use 'nearest' or 'stochastic'"),
+    "stochastic float32": (
+        adamw(rounding="stochastic"),
+        TypeError,
+        r"params\[0\] is torch.float32.*rounding='nearest'",
+    ),
+    "stochastic float16": (
+        adamw(rounding="stochastic", params=[torch.zeros(2, 3).half()]),
+        TypeError,
+        r"params\[0\] is torch.float16.*Keep a master copy",
+    ),
+    "stochastic with master": (
+        adamw(rounding="stochastic", params=[torch.zeros(2, 3).bfloat16()], master=[torch.zeros(2)]),
+        ValueError,
+        r"master copy is given.*Leave one of them out",
+    ),
+    "rounding seed": (
+        adamw(rounding="stochastic", params=[torch.zeros(2, 3).bfloat16()], seed=-1),
+        ValueError,
+        r"seed=-1 is out of range",
+    ),
+    "rounding offsets": (
+        adamw(rounding="stochastic", params=[torch.zeros(2, 3).bfloat16()], offsets=[0, 6]),
+        ValueError,
+        r"offsets has 2 entries but params has 1",
+    ),
+    "scale of several": (adamw(grad_scale=torch.ones(2)), ValueError, r"grad_scale has shape \(2,\).*single number"),
+    "scale type": (
+        adamw(grad_scale=torch.tensor(1.0).double()),
+        TypeError,
+        r"grad_scale\[0\] is torch.float64; expected one of float32",
+    ),
+    "scale elsewhere": (
+        adamw(grad_scale=torch.ones((), device="meta")),
+        ValueError,
+        r"grad_scale\[0\] is on meta, others are on cpu",
+    ),
+    "compact gradients": (
+        adamw(compact_grads=True),
+        ValueError,
+        r"grads\[0\] has shape \(2, 3\) but indices\[0\] has \(2,\)",
+    ),
+    "compact buffer": (
+        adamw(compact_grads=True, grads=torch.ones(3)),
+        ValueError,
+        r"grads has shape \(3,\); expected \(2,\), one value for every index",
+    ),
+    "norm list": (
+        lambda: fk.selected_grad_norm([torch.ones(2)] * 2, [torch.arange(1)]),
+        ValueError,
+        r"indices has 1 entries but grads has 2",
+    ),
+    "norm range": (
+        lambda: fk.selected_grad_norm(torch.ones(2), torch.tensor([2])),
+        ValueError,
+        r"runs from 2 to 2, but grads\[0\] has 2 elements",
+    ),
+    "gather buffer": (
+        lambda: fk.gather_values(torch.ones(3), torch.arange(2), out=torch.ones(3)),
+        ValueError,
+        r"out has shape \(3,\); expected \(2,\)",
+    ),
+    "gather buffer type": (
+        lambda: fk.gather_values([torch.ones(3), torch.ones(3).half()], [torch.arange(1)] * 2, out=torch.ones(2)),
+        TypeError,
+        r"tensors\[1\] is torch.float16; expected one of float32",
+    ),
+    "gather buffer strides": (
+        lambda: fk.gather_values(torch.ones(3), torch.arange(2), out=torch.ones(4)[::2]),
+        ValueError,
+        r"out\[0\].*is not contiguous",
+    ),
+    "scatter buffer": (
+        lambda: fk.scatter_values_([torch.zeros(3)] * 2, [torch.arange(1)] * 2, torch.ones(3)),
+        ValueError,
+        r"values has shape \(3,\); expected \(2,\)",
     ),
     "scatter type": (
         lambda: fk.scatter_values_(torch.zeros(3), torch.arange(1), torch.ones(1).double()),

@@ -141,6 +141,82 @@ def test_per_sample_squared_grad_equals_vmap(backend: str, dtype: torch.dtype, g
     torch.testing.assert_close(accumulator_O.double(), expected_O + 1, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["layer norm", "scale", "bias", "position"])
+def test_per_sample_affine_squared_grad_equals_vmap(
+    backend: str, kind: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    n, t, c = 3, 70, 6
+    x, dy = (torch.randn(n, t, c, generator=generator).to(dtype) for _ in range(2))
+    if kind == "position":
+        c = t * c
+
+    def loss(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+        y = {
+            "layer norm": lambda: torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, 1e-5),
+            "scale": lambda: x * weight,
+            "bias": lambda: x + bias,
+            "position": lambda: x + bias.view_as(x),
+        }[kind]()
+        return (y * dy).sum()
+
+    weight, bias = torch.ones(c if kind != "position" else 1, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
+    grads = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(None, None, 0, 0))
+    expected = [grad.square().sum(0) / n + 1 for grad in grads(weight, bias, x.double(), dy.double())]
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    weight_sum, bias_sum = torch.ones(len(weight), dtype=state), torch.ones(c, dtype=state)
+    # Not the framework's statistics of x, which it may round to half precision.
+    mean = x.to(state).mean(-1)
+    rstd = (x.to(state).var(-1, correction=0) + 1e-5).rsqrt()
+    fk.per_sample_affine_squared_grad_(
+        weight_sum if kind in ("layer norm", "scale") else None,
+        bias_sum if kind != "scale" else None,
+        x if kind in ("layer norm", "scale") else None,
+        dy.reshape(n, 1, c) if kind == "position" else dy,
+        1 / n,
+        *((mean, rstd) if kind == "layer norm" else ()),
+    )
+    # A sum of t products |dY·x̂| < 16, twelve standard deviations of each, is off by t/2·EPS of the sum of their sizes
+    # (t in all), x̂ by four roundings of its own; the square doubles that and multiplies by the sum, here below 60.
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if state == torch.float64 else {"rtol": 0, "atol": 2 * 60 * 40 * t * EPS}
+    if kind in ("layer norm", "scale"):
+        torch.testing.assert_close(weight_sum.double(), expected[0], **tolerance)
+    if kind != "scale":
+        torch.testing.assert_close(bias_sum.double(), expected[1], **tolerance)
+
+
+def test_per_sample_affine_squared_grad_of_nothing(backend: str) -> None:
+    for shape in ((0, 4, 3), (2, 0, 3), (2, 4, 0)):
+        weight_sum, bias_sum = torch.ones(shape[2]), torch.ones(shape[2])
+        fk.per_sample_affine_squared_grad_(weight_sum, bias_sum, torch.empty(shape), torch.empty(shape))
+        assert bool((weight_sum == 1).all()) and bool((bias_sum == 1).all())
+
+
+def test_heads_are_layers_of_their_own(backend: str, generator: torch.Generator) -> None:
+    n, h, t, i, o = 3, 4, 7, 10, 5
+    x = torch.randn(n, t, h, i, generator=generator).transpose(1, 2)  # as attention cuts them: no copy is needed
+    dy = torch.randn(n, t, h * 3, o, generator=generator)[:, :, h : 2 * h].transpose(1, 2)
+    together, bias = torch.ones(h, o, i), torch.ones(h, o)
+    fk.per_sample_squared_grad_(together, x, dy, 0.5, bias)
+    for head in range(h):
+        alone, alone_bias = torch.ones(o, i), torch.ones(o)
+        fk.per_sample_squared_grad_(alone, x[:, head].contiguous(), dy[:, head].contiguous(), 0.5, alone_bias)
+        # the same sums, by another routine where the strides are others
+        torch.testing.assert_close(together[head], alone, rtol=t * EPS * 8, atol=t * EPS * 8)
+        torch.testing.assert_close(bias[head], alone_bias, rtol=t * EPS * 8, atol=t * EPS * 8)
+
+
+def test_windows_are_summed_before_they_are_squared(backend: str, generator: torch.Generator) -> None:
+    samples, windows, t, i, o = 2, 3, 5, 6, 4
+    x, dy = (torch.randn(samples * windows, t, c, generator=generator, dtype=torch.float64) for c in (i, o))
+    accumulator, bias = torch.zeros(o, i, dtype=torch.float64), torch.zeros(o, dtype=torch.float64)
+    fk.per_sample_squared_grad_(accumulator, x, dy, bias_accumulator_O=bias, samples=samples)
+    grads = torch.einsum("nwto,nwti->noi", dy.unflatten(0, (samples, -1)), x.unflatten(0, (samples, -1)))
+    torch.testing.assert_close(accumulator, grads.square().sum(0), rtol=1e-12, atol=1e-12)
+    sums = dy.unflatten(0, (samples, -1)).sum((1, 2))
+    torch.testing.assert_close(bias, sums.square().sum(0), rtol=1e-12, atol=1e-12)
+
+
 def test_per_sample_squared_grad_of_nothing(backend: str) -> None:
     accumulator = torch.ones(3, 2)
     fk.per_sample_squared_grad_(accumulator, torch.empty(0, 4, 2), torch.empty(0, 4, 3))
@@ -344,6 +420,174 @@ def test_half_parameters_without_master_round_once_a_step(backend: str, generato
     param = start.clone()
     fk.sparse_adamw_(param, grad, torch.arange(64), torch.zeros(64), torch.zeros(64), step=1, **OPTIONS)
     assert torch.equal(param, expected.bfloat16())
+
+
+# With zero gradients and moments the result is θ·(1 − 2⁻⁹): 17 bits, exact in float32, so only the rounding counts.
+DECAY = {"lr": 2.0**-5, "betas": (0.9, 0.99), "eps": 1.0, "weight_decay": 2.0**-4}
+
+
+def decay_step(params: list[torch.Tensor], indices: list[torch.Tensor], **options: object) -> None:
+    states = [[torch.zeros(len(index)) for index in indices] for _ in range(2)]
+    grads = [torch.zeros(param.shape) for param in params]
+    fk.sparse_adamw_(params, grads, indices, *states, rounding="stochastic", **DECAY, **options)
+
+
+def exactly_rounded(value: float, element: int, seed: int, step: int) -> int:
+    """The bfloat16 bits of a float32 value, in Python's integers."""
+    word = int(np.float32(value).view(np.uint32))
+    block = (element >> 2) + 2**63
+    words = exact_philox([block % 2**32, block // 2**32, step % 2**32, step // 2**32], [seed % 2**32, seed // 2**32])
+    return (word + words[element % 4] // 2**16) // 2**16
+
+
+@pytest.mark.parametrize("offset", [0, 6, 2**32 - 3, 2**34 - 2, 2**40 + 3])
+def test_stochastic_rounding_is_the_prescribed_carry(backend: str, offset: int, generator: torch.Generator) -> None:
+    seed, step = 0x1234_5678_9ABC_DEF0, 0x5_0000_0007  # both words of each are in use
+    start, index = torch.randn(40, generator=generator).bfloat16(), torch.tensor([0, 1, 2, 3, 5, 11, 30, 39])
+    param = start.clone()
+    decay_step([param], [index], step=step, seed=seed, offsets=[offset])
+    expected = [exactly_rounded(float(start[i]) * (1 - 2.0**-9), offset + i, seed, step) for i in index.tolist()]
+    assert (param[index].view(torch.int16).long() % 2**16).tolist() == expected
+
+
+def test_stochastic_rounding_does_not_depend_on_sharding(backend: str, generator: torch.Generator) -> None:
+    start = [torch.randn(50, 7, generator=generator).bfloat16(), torch.randn(33, generator=generator).bfloat16()]
+    whole = [tensor.clone() for tensor in start]
+    decay_step(whole, [torch.arange(350), torch.arange(33)], step=4, seed=9)
+    shards = [*(tensor.clone() for tensor in start[0].flatten().split([13, 0, 200, 137])), start[1].clone()]
+    decay_step(shards, [torch.arange(len(s)) for s in shards], step=4, seed=9, offsets=[0, 13, 13, 213, 350])
+    assert torch.equal(torch.cat(shards), torch.cat([tensor.flatten() for tensor in whole]))
+    selected = start[0].clone()  # nor on what else is selected
+    decay_step([selected], [torch.arange(2, 350, 5)], step=4, seed=9)
+    assert torch.equal(selected.flatten()[2::5], whole[0].flatten()[2::5])
+
+
+def test_stochastic_rounding_draws_anew_every_step_and_seed(backend: str) -> None:
+    results = []
+    for step, seed in ((1, 0), (2, 0), (1, 1)):
+        param = torch.ones(200, dtype=torch.bfloat16)
+        decay_step([param], [torch.arange(200)], step=step, seed=seed)
+        results.append(param)
+    # 1 − 2⁻⁹ lies half way: two unrelated draws agree on about half of the elements
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert 60 < int((results[a] == results[b]).sum()) < 140
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 1.2578125, -776.0, 2.0**-120])
+def test_stochastic_rounding_is_unbiased(backend: str, value: float) -> None:
+    n = 100_000
+    param = torch.full((n,), value, dtype=torch.bfloat16)
+    decay_step([param], [torch.arange(n)], step=1, seed=3)
+    exact = value * (1 - 2.0**-9)
+    low, high = sorted(set(param.double().tolist()))  # the two neighbours and nothing else
+    assert low < exact < high and high - low <= 2.0**-7 * abs(value)
+    # Hoeffding: a mean of n draws from [low, high] is off by more than this with probability 1e-9.
+    bound = (high - low) * math.sqrt(math.log(2e9) / (2 * n))
+    assert abs(param.double().mean() - exact) < bound
+
+
+def test_updates_below_half_a_unit_add_up_on_average(backend: str) -> None:
+    """Steps of 2⁻¹² on weights whose unit in the last place is 2⁻⁸: rounding to nearest never moves them."""
+    n, steps = 20_000, 64
+    options = {"lr": 2.0**-12, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}  # each step moves by lr exactly
+    stuck, moving = (torch.ones(n, dtype=torch.bfloat16) for _ in range(2))
+    index, grad = torch.arange(n), torch.ones(n)
+    for step in range(1, steps + 1):
+        fk.sparse_adamw_(stuck, grad, index, torch.zeros(n), torch.zeros(n), step=step, **options)
+        fk.sparse_adamw_(
+            moving, grad, index, torch.zeros(n), torch.zeros(n), step=step, rounding="stochastic", seed=1, **options
+        )
+    assert torch.equal(stuck, torch.ones_like(stuck))
+    # Azuma: n·steps independent roundings, each off by less than 2⁻⁸; the bound is passed with probability 1e-9.
+    bound = 2.0**-8 * math.sqrt(2 * math.log(2e9) * steps / n)
+    assert bound < steps * 2.0**-12 / 4
+    assert abs(moving.double().mean() - (1 - steps * 2.0**-12)) < bound
+
+
+def test_stochastic_rounding_at_the_ends_of_the_range(backend: str) -> None:
+    largest = float(torch.finfo(torch.bfloat16).max)
+    start = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-39, -1e-39], dtype=torch.bfloat16)
+    param = start.repeat(100)
+    decay_step([param], [torch.arange(700)], step=1)
+    rows = param.view(100, 7)
+    assert (rows[:, 0] == math.inf).all() and (rows[:, 1] == -math.inf).all() and rows[:, 2].isnan().all()
+    assert torch.equal(rows[:, 3:5].view(torch.int16), start[3:5].view(torch.int16).expand(100, 2))
+    assert (
+        len(set(rows[:, 5].tolist())) == 2 and (rows[:, 5] > 0).all() and torch.equal(rows[:, 5:6] > 0, rows[:, 6:] < 0)
+    )
+    # A step of 2¹¹⁹ beyond the largest bfloat16, whose unit is 2¹²⁰, is finite in float32 and stays finite.
+    param = torch.full((100,), largest, dtype=torch.bfloat16)
+    fk.sparse_adamw_(
+        param, -torch.ones(100), torch.arange(100), torch.zeros(100), torch.zeros(100), lr=2.0**118, betas=(0.0, 0.0),
+        eps=0.0, weight_decay=0.0, step=1, rounding="stochastic",
+    )  # fmt: skip
+    assert (param == largest).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_compact_gradients_and_a_tensor_scale_give_the_same_bits(
+    backend: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    start = [torch.randn(shape, generator=generator).to(dtype) for shape in [(8, 9), (0,), (100,)]]
+    grads = [torch.randn(tensor.shape, generator=generator).to(dtype) for tensor in start]
+    indices = [torch.tensor([0, 5, 71], dtype=torch.int32), torch.empty(0, dtype=torch.int64), torch.arange(0, 100, 7)]
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    flat = torch.empty(18, dtype=dtype)
+    views = fk.gather_values(grads, indices, out=flat)
+    assert [view.data_ptr() for view in views[::2]] == [flat.data_ptr(), flat[3:].data_ptr()]
+    scale = torch.tensor([0.3], dtype=state_dtype)
+    results = []
+    for given, compact, factor in ((grads, False, float(scale)), (flat, True, scale), (views, True, scale.squeeze())):
+        params = [tensor.clone() for tensor in start]
+        states = [[torch.zeros(len(index), dtype=state_dtype) for index in indices] for _ in range(2)]
+        fk.sparse_adamw_(params, given, indices, *states, step=3, grad_scale=factor, compact_grads=compact, **OPTIONS)
+        results.append(torch.cat([tensor.flatten().double() for tensor in [*params, *states[0], *states[1]]]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert bool((results[0][:72] != start[0].flatten().double()).any())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_selected_grad_norm(backend: str, dtype: torch.dtype, whole: bool, generator: torch.Generator) -> None:
+    grads = [torch.randn(shape, generator=generator).to(dtype) for shape in [(40, 9), (0,), (5000,)]]
+    grads[0] = grads[0].t().contiguous().t()
+    indices = [
+        torch.tensor([0, 5, 359], dtype=torch.int32),
+        torch.empty(0, dtype=torch.int64),
+        torch.arange(0, 5000, 7),
+    ]
+    norm = fk.selected_grad_norm(grads, None if whole else indices)
+    chosen = [g.double().numpy().ravel() if whole else g.double().numpy().ravel()[i.numpy()]
+              for g, i in zip(grads, indices, strict=True)]  # fmt: skip
+    expected = np.sqrt(np.square(np.concatenate(chosen)).sum())
+    assert norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and norm.shape == ()
+    # torch adds positive terms in a tree of 13 levels; quotient, square and product add three roundings
+    np.testing.assert_allclose(float(norm), expected, rtol=16 * (2.0**-53 if dtype == torch.float64 else EPS))
+    flat = torch.empty(3 + 715, dtype=dtype)
+    fk.gather_values(grads, indices, out=flat)
+    np.testing.assert_allclose(
+        float(fk.selected_grad_norm(flat)), float(fk.selected_grad_norm(grads, indices)), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e30, 1e38])
+def test_the_selected_norm_neither_overflows_nor_vanishes(backend: str, size: float) -> None:
+    grads, index = [torch.full((7000,), 1e-3 * size), torch.zeros(3)], torch.arange(0, 7000, 7)
+    grads[0][index[500]] = size
+    norm = fk.selected_grad_norm(grads, [index, torch.arange(3)])
+    expected = np.linalg.norm(grads[0][index].double().numpy())
+    np.testing.assert_allclose(float(norm), expected, rtol=16 * EPS, atol=2.0**-150)  # half the smallest float32
+
+
+@pytest.mark.parametrize(("values", "expected"), [
+    ([math.inf, 1.0], math.inf), ([-math.inf, 1e38], math.inf), ([math.nan, 1.0], math.nan),
+    ([math.nan, math.inf], math.nan), ([0.0, -0.0], 0.0),
+])  # fmt: skip
+def test_what_is_not_finite_comes_through_the_selected_norm(backend: str, values: list, expected: float) -> None:
+    grad = torch.zeros(5000)
+    grad[[17, 4100]] = torch.tensor(values)
+    np.testing.assert_equal(float(fk.selected_grad_norm(grad, torch.arange(5000))), expected)
+    assert fk.selected_grad_norm(grad, torch.arange(100, 200)) == 0  # what is not selected does not count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int16, torch.bool])

@@ -312,14 +312,14 @@ def test_weights_loaded_before_the_first_step_reach_the_master_copy():
     assert_same_bits(params, loaded)
 
 
-def build(seed=0, *, dtype=torch.float32, master=False, growth=True):
-    torch.manual_seed(seed)
+def build(model_seed=0, *, dtype=torch.float32, growth=True, **options):
+    torch.manual_seed(model_seed)
     model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)).to(dtype)
     head = nn.Linear(4, 2)
     scores = random_scores(dict(model.named_parameters()))
     selection = select(scores, fraction=0.3)
     schedule = Growth(0.1, 0.3, 8) if growth else None
-    optimizer = SparseAdamW(model.named_parameters(), selection, growth=schedule, master=master, **HYPER)
+    optimizer = SparseAdamW(model.named_parameters(), selection, growth=schedule, **options, **HYPER)
     optimizer.add_param_group({"params": head.parameters(), "lr": 3e-3})
     return model, head, optimizer, selection
 
@@ -336,16 +336,25 @@ def weights(model, head):
     return {**{f"m.{n}": p for n, p in model.named_parameters()}, **{f"h.{n}": p for n, p in head.named_parameters()}}
 
 
-@pytest.mark.parametrize(("dtype", "master"), [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)])
-def test_a_resumed_run_ends_with_the_same_bits(dtype, master):
-    model, head, optimizer, _ = build(dtype=dtype, master=master)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"master": True}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"rounding": "stochastic", "seed": 5, "max_norm": 1.0}),
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_bits(dtype, options):
+    model, head, optimizer, _ = build(dtype=dtype, **options)
     scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, 12)
     train(model, head, optimizer, scheduler, range(5))
     file = io.BytesIO()
     torch.save([part.state_dict() for part in (model, head, optimizer, scheduler)], file)
     train(model, head, optimizer, scheduler, range(5, 12))
 
-    other_model, other_head, other, _ = build(seed=9, dtype=dtype, master=master)
+    other_seed = {"seed": 6} if "seed" in options else {}  # the state brings its own
+    other_model, other_head, other, _ = build(9, dtype=dtype, **{**options, **other_seed})
     other_scheduler = torch.optim.lr_scheduler.PolynomialLR(other, 12)
     file.seek(0)
     for part, state in zip((other_model, other_head, other, other_scheduler), torch.load(file, weights_only=True)):
@@ -502,6 +511,95 @@ def test_clipping_measures_and_scales_what_moves_and_nothing_else():
         optimizer.clip_selected_grad_norm_(1.0, error_if_nonfinite=True)
     optimizer.zero_grad()
     assert optimizer.clip_selected_grad_norm_(1.0) == 0
+
+
+@pytest.mark.parametrize("scale", [100.0, 1e-3])
+def test_clipping_within_the_step_moves_as_clipping_before_it_and_leaves_gradients_alone(scale):
+    within, before = build(max_norm=0.1), build()
+    for step in range(4):
+        for model, head, _, _ in (within, before):
+            set_gradients({f"m{name}": param for name, param in model.named_parameters()}, step, scale)
+            set_gradients({f"h{name}": param for name, param in head.named_parameters()}, step + 500, scale)
+        held = {name: param.grad.clone() for name, param in within[0].named_parameters()}
+        norm = before[2].clip_selected_grad_norm_(0.1)
+        within[2].step()
+        before[2].step()
+        torch.testing.assert_close(within[2].grad_norm, norm)
+        assert (norm > 0.1) == (scale > 1)
+        assert_same_bits(held, {name: param.grad for name, param in within[0].named_parameters()})
+    # The norms may differ in their last bit, gathered or not; AdamW hardly sees the gradient's size.
+    for name, weight in weights(*within[:2]).items():
+        torch.testing.assert_close(weight, weights(*before[:2])[name], rtol=1e-6, atol=1e-7)
+
+
+def half_steps(optimizer, params, steps):
+    for step in range(steps):
+        set_gradients(params, step)
+        optimizer.step()
+
+
+def test_stochastic_rounding_moves_where_rounding_to_nearest_is_stuck():
+    start = {"weight": nn.Parameter(torch.ones(200, 100, dtype=torch.bfloat16))}
+    selection = select(random_scores(start), fraction=0.5)
+    inside = selection.mask("weight")
+    moved = {}
+    for rounding in ("nearest", "stochastic"):
+        params = clones(start)
+        optimizer = SparseAdamW(params, selection, lr=2.0**-12, weight_decay=0.0, rounding=rounding)
+        for _ in range(32):
+            params["weight"].grad = torch.ones_like(params["weight"])
+            optimizer.step()
+        assert_unselected_unchanged(params, start, selection)
+        moved[rounding] = float((1 - params["weight"].detach()[inside].double()).mean())
+        assert "master" not in optimizer.state[params["weight"]]
+    assert moved["nearest"] == 0
+    # AdamW steps by lr under a constant gradient. 10,000 elements times 32 roundings, each off by less than 2⁻⁸:
+    # by Azuma's bound the mean is off by more than this with probability 1e-9.
+    assert abs(moved["stochastic"] - 32 * 2.0**-12) < 2.0**-8 * (2 * 21.5 * 32 / 10_000) ** 0.5
+
+
+def test_stochastic_bits_do_not_depend_on_param_groups_and_do_on_the_seed():
+    start = parameters(dtype=torch.bfloat16)
+    selection = select(random_scores(start), fraction=0.5)
+    results = []
+    for split, seed in ((False, 1), (True, 1), (False, 2)):
+        params = clones(start)
+        named = list(params.items())
+        groups = [{"params": [named[1], named[3]]}, {"params": [named[0], named[2]]}] if split else named
+        half_steps(SparseAdamW(groups, selection, rounding="stochastic", seed=seed, **HYPER), params, 5)
+        results.append(params)
+    assert_same_bits(results[0], results[1])
+    assert not torch.equal(results[0]["weight"], results[2]["weight"])
+
+
+def test_float32_parameters_beside_stochastic_ones_step_as_ever():
+    params = parameters()
+    params["weight"] = nn.Parameter(params["weight"].detach().bfloat16())
+    plain = clones(params)
+    selection = select(random_scores(params), fraction=0.5)
+    half_steps(SparseAdamW(params, selection, rounding="stochastic", **HYPER), params, 5)
+    half_steps(SparseAdamW(plain, selection, **HYPER), plain, 5)
+    assert torch.equal(params["bias"], plain["bias"])
+    assert not torch.equal(params["weight"], plain["weight"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "message"),
+    [
+        (torch.float32, {}, r"for bfloat16 parameters; these are torch.float32.*Set rounding='nearest'"),
+        (torch.float16, {}, r"'weight' is float16.*Set master=True instead"),
+        (torch.bfloat16, {"master": True}, "not both"),
+        (torch.bfloat16, {"seed": -1}, "seed must be at least 0 and below 2.*got -1"),
+        (torch.bfloat16, {"rounding": "up"}, "rounding must be 'nearest' or 'stochastic', got 'up'"),
+        (torch.bfloat16, {"max_norm": -1.0}, "max_norm must be at least 0, got -1.0"),
+    ],
+)
+def test_rounding_that_means_nothing_is_refused(dtype, options, message):
+    params = parameters(dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        SparseAdamW(
+            params, select(random_scores(params), fraction=0.5), **{"rounding": "stochastic", **options}, **HYPER
+        )
 
 
 def test_torchs_own_clipping_works_on_the_gradients_as_usual():

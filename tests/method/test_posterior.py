@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from fishertune.files import load_tensors, save_tensors
-from fishertune.fisher.posterior import SGVB, ClosedForm, Natural, make_estimator
+from fishertune.fisher.posterior import SGVB, ClosedForm, Local, Natural, make_estimator
 from fishertune_kernels import gaussian_perturb
 
 GAMMA, TAU = 0.02, 0.5
@@ -207,9 +207,190 @@ def test_sgvb_is_adam_on_the_log_precision(antithetic):
         torch.testing.assert_close(estimator.precision()[name].log(), value.detach(), rtol=1e-8, atol=1e-10)
 
 
+# Local reparameterisation ---------------------------------------------------------------------------------------------
+
+OUTPUTS = torch.tensor([0.05, 0.5, 2.0], dtype=torch.float64)  # curvature of the loss in each output
+
+
+def seen_by_linear(x_NTI):
+    return x_NTI.square().sum((1, 2)).mean() * OUTPUTS
+
+
+def seen_by_grouped_convolution(x_NCHW):
+    """Mean over samples of Σ over positions of ‖patch‖², by torch's own unfold, for each of the two groups."""
+    halves = [nn.functional.unfold(half, 3, padding=1, stride=2).square().sum((1, 2)) for half in x_NCHW.chunk(2, 1)]
+    return torch.stack([halves[0], halves[1]]).mean(1).repeat_interleave(2) * torch.tensor([0.1, 0.5, 0.1, 1.0])
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_local_finds_the_row_precisions_of_a_linear_gaussian_layer(kind, antithetic):
+    """L = ½Σ_o h_o Σ_t (y_ot − target)²: E_q[L] is L(θ̂) + ½Σ_o h_o Σ_t ‖x_t‖²/Λ_o exactly, so the answer is known."""
+    generator = torch.Generator().manual_seed(1)
+    if kind == "linear":
+        layer = nn.Linear(4, 3, bias=False).double()
+        x = torch.randn(64, 32, 4, generator=generator, dtype=torch.float64)
+        weights_of_outputs, row = OUTPUTS, 4
+        trace = seen_by_linear(x)
+    else:
+        layer = nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2, bias=False).double()
+        x = torch.randn(40, 4, 14, 14, generator=generator, dtype=torch.float64)
+        x[:, 2:] *= 0.5  # the groups differ
+        weights_of_outputs, row = torch.tensor([0.1, 0.5, 0.1, 1.0], dtype=torch.float64).view(4, 1, 1), 18
+        trace = seen_by_grouped_convolution(x)
+    target = layer(x).detach()
+
+    def loss_fn(model, batch):
+        return 0.5 * (weights_of_outputs * (model(batch) - target) ** 2).flatten(1).sum(1)
+
+    gamma, tau, lr = 1.0, 1.0, 0.03
+    estimator = Local(gamma, tau, lr, antithetic, betas=(0.9, 0.9))  # √v must fall as fast as the gradient does
+    steps, settled, total = 350, 250, 0.0  # log Λ has up to ln 65 = 4.2 to go at about 0.03 a step
+    for step in range(steps):
+        estimator.update(layer, loss_fn, x)
+        if step >= settled:
+            total = total + estimator.precision()["weight"].flatten(1).log()
+    found = total / (steps - settled)
+    expected = (trace / (gamma * row) + tau**-2).log()
+    assert torch.equal(found, found[:, :1].expand_as(found)), "one precision per row"
+    # At θ̂ the first-order term is zero with and without the mirrored pass. −½Σdy·z is a sum of at least 1,960 squares
+    # of normals: relative noise r = √(2/1960) = 0.03. Over Adam's √v that is an AR(1) in log Λ of variance lr·r/2 =
+    # 0.021² and a memory of 2r/lr = 2 steps, or Adam's own of about 10 for m and v: the mean of 100 steps has a
+    # standard deviation of at most 0.007. Six of them.
+    assert (found[:, 0] - expected).abs().max() < 0.042
+    assert (expected - math.log(tau**-2)).min() > 0.2, "the answer must differ from where the estimator starts"
+    assert expected.diff().abs().min() > 0.1, "rows that look alike would hide a permutation"
+
+
+def test_one_local_update_follows_the_noise_it_added():
+    """∂L/∂log Λ = −½Σ dy·z with z the noise that arrived at the outputs, whoever drew it: seen through hooks."""
+    model, batch, beta1 = make_model(), make_batch(6), 0.5
+    estimator = Local(GAMMA, TAU, 0.1, betas=(beta1, 0.9), seed=4)
+    estimator.update(model, cross_entropy, make_batch(seed=3))  # away from the prior: rows differ
+    precision = estimator.precision()
+    before = {name: value.clone() for name, value in estimator.state_dict()["tensors"].items()}
+    seen = {}
+
+    def watch(name):
+        def hook(module, inputs, output):
+            seen[name] = [inputs[0].detach(), output.detach()]
+            output.register_hook(lambda grad: seen[name].append(grad))
+
+        return hook
+
+    handles = [model[i].register_forward_hook(watch(str(i))) for i in (0, 1, 4)]
+    estimator.update(model, cross_entropy, batch)
+    for handle in handles:
+        handle.remove()
+    expected, noise = {}, []
+    for layer in ("0", "4"):
+        x, y, dy = seen[layer]
+        module = model[int(layer)]
+        z = y - module(x).detach()
+        of_weight = x.square().sum(1, keepdim=True) / precision[f"{layer}.weight"][:, 0]
+        share = of_weight / (of_weight + 1 / precision[f"{layer}.bias"])
+        noise.append((z / (of_weight + 1 / precision[f"{layer}.bias"]).sqrt()).flatten())
+        expected[f"{layer}.weight"] = -0.5 * (dy * z * share).sum(0) / x.shape[1]  # per element of the row
+        expected[f"{layer}.bias"] = -0.5 * (dy * z * (1 - share)).sum(0)
+    x, y, dy = seen["1"]  # a norm has no output to draw: its parameters are drawn
+    excess = {name: value - TAU**-2 for name, value in precision.items()}
+    drawn = drawn_weights(model, excess, TAU, seed=4, step=1)
+    normalised = nn.functional.layer_norm(x, (6,))
+    torch.testing.assert_close(y, normalised * drawn["1.weight"] + drawn["1.bias"])
+    for name, gradient in (("1.weight", (dy * normalised).sum(0)), ("1.bias", dy.sum(0))):
+        expected[name] = -0.5 * gradient * (drawn[name] - weights(model)[name])
+        noise.append((drawn[name] - weights(model)[name]) * precision[name].sqrt())
+    everything = torch.cat(noise).sort().values
+    assert everything.diff().min() > 1e-6, "no two layers, and no layer and a drawn parameter, share an ε"
+    after = estimator.state_dict()["tensors"]
+    for name, gradient in expected.items():
+        rows = precision[name].flatten(1)[:, 0] if precision[name].dim() > 1 else precision[name]
+        full = gradient + 0.5 * GAMMA * (1 - TAU**-2 / rows)
+        moved = beta1 * before[f"exp_avg/{name}"] + (1 - beta1) * full
+        torch.testing.assert_close(after[f"exp_avg/{name}"], moved, rtol=1e-8, atol=1e-12, msg=name)
+        second = 0.9 * before[f"exp_avg_sq/{name}"] + 0.1 * full**2
+        change = -0.1 * (moved / (1 - beta1**2)) / ((second / (1 - 0.9**2)).sqrt() + 1e-8)
+        found = estimator.precision()[name].log().flatten(1) if precision[name].dim() > 1 else None
+        if found is not None:  # Adam's step, the same for all elements of the row
+            torch.testing.assert_close(found, (rows.log() + change)[:, None].expand_as(found), rtol=1e-8, atol=1e-10)
+
+
+def noise_at_the_output(estimator, layer, x, **keywords):
+    """What an update of ``estimator`` adds to the output of ``layer``, in units of its standard deviation."""
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(model(batch, **keywords))
+        return seen[-1].flatten(1).sum(1)
+
+    plain = layer(x, **keywords).detach()
+    rows = {name: value.clone() for name, value in estimator.precision().items()}
+    estimator.update(layer, loss_fn, x)
+    variance = x.square().sum(-1, keepdim=True) / (rows["weight"][:, 0] if rows else TAU**-2) + (
+        1 / rows["bias"] if rows else TAU**2
+    )
+    return [(y.detach() - plain) / variance.sqrt() for y in seen]
+
+
+def test_the_noise_is_standard_normal_for_every_sample_and_position():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(7, 16).double(), torch.randn(8, 30, 7, dtype=torch.float64)
+    estimator = Local(GAMMA, TAU, antithetic=True, seed=2)
+    first, mirrored = noise_at_the_output(estimator, layer, x)
+    again, _ = noise_at_the_output(estimator, layer, x)
+    partner, _ = noise_at_the_output(Local(GAMMA, TAU, antithetic=True, seed=2), layer, x)
+    other, _ = noise_at_the_output(Local(GAMMA, TAU, antithetic=True, seed=3), layer, x)
+    torch.testing.assert_close(mirrored, -first)
+    torch.testing.assert_close(partner, first, msg="one seed, one draw: x and x' share it")
+    count = first.numel()
+    for noise in (first, again, other):  # five standard errors of a mean and of a variance
+        assert abs(noise.mean()) < 5 / math.sqrt(count) and abs(noise.var() - 1) < 5 * math.sqrt(2 / count)
+        assert noise.unique().numel() == count, "no two outputs share an ε"
+    for one, two in ((first, again), (first, other), (first[:, 1:], first[:, :-1])):
+        assert abs((one * two).mean()) < 5 / math.sqrt(one.numel())
+
+
+class Twice(nn.Module):
+    """One layer used twice, on an input that is zero in places."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3, bias=False).double()
+        self.outputs = []
+
+    def forward(self, x):
+        self.outputs = [self.layer(x), self.layer(x)]
+        return self.outputs[0] + self.outputs[1]
+
+
+def test_a_layer_used_twice_gets_fresh_noise_and_a_zero_input_none():
+    model, x = Twice(), torch.randn(4, 3, dtype=torch.float64)
+    x[1] = 0
+    estimator = Local(GAMMA, TAU)
+    estimator.update(model, lambda model, batch: model(batch).square().sum(1), x)
+    one, two = model.outputs
+    assert not torch.isclose(one[0], two[0]).any()
+    assert max(one[1].abs().max(), two[1].abs().max()) < 1e-150  # the root of the smallest float64, kept off zero
+    assert bool(estimator.excess["layer.weight"].isfinite().all())
+
+
+def test_local_noise_of_a_layer_does_not_depend_on_what_else_is_estimated():
+    model, batch, outputs = make_model(), make_batch(), []
+    handle = model[0].register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
+    for params in (None, ["4.weight", "0.weight", "0.bias"]):
+        Local(GAMMA, TAU, params=params).update(model, cross_entropy, batch)
+    handle.remove()
+    assert torch.equal(outputs[0], outputs[1])
+
+
 # What an update leaves alone ------------------------------------------------------------------------------------------
 
-ALL = [("closed_form", {}), ("natural", {"beta": 0.3}), ("sgvb", {"antithetic": True})]
+ALL = [
+    ("closed_form", {}),
+    ("natural", {"beta": 0.3}),
+    ("sgvb", {"antithetic": True}),
+    ("local", {"antithetic": True}),
+]
 
 
 @pytest.mark.parametrize(("name", "options"), ALL)
@@ -232,7 +413,7 @@ def test_the_model_is_left_bit_for_bit_as_it_was(name, options, raises):
 
     def loss_fn(model, batch):
         calls.append(None)
-        if raises and len(calls) == (2 if name == "sgvb" else 1):  # for sgvb inside the mirrored pass
+        if raises and len(calls) == (2 if "antithetic" in options else 1):  # inside the mirrored pass
             raise KeyError("loss")
         x, _ = batch
         return model[4](model[3](x @ torch.nan_to_num(model[0].weight).T + model[0].bias)).square().sum(1)
@@ -380,8 +561,9 @@ def test_a_loaded_state_does_not_share_memory_with_its_source():
         (lambda: Natural(GAMMA, TAU, beta=1.5), "0 < beta <= 1"),
         (lambda: SGVB(GAMMA, TAU, lr=-1.0), "lr=-1.0 is out of range"),
         (lambda: SGVB(GAMMA, TAU, betas=(0.9, 1.0)), "two numbers in [0, 1)"),
-        (lambda: SGVB(GAMMA, TAU, labels="sampled"), "zero on average"),
-        (lambda: make_estimator("closedform", gamma=1.0, tau=1.0), "choose one of closed_form, natural, sgvb"),
+        (lambda: SGVB(GAMMA, TAU, labels="sampled"), "does not work with sgvb: the gradient of labels drawn"),
+        (lambda: Local(GAMMA, TAU, labels="sampled"), "does not work with local: the gradient of labels drawn"),
+        (lambda: make_estimator("closedform", gamma=1.0, tau=1.0), "choose one of closed_form, natural, sgvb, local"),
     ],
 )
 def test_bad_settings_are_refused_with_the_remedy(make, message):

@@ -28,5 +28,8 @@ def compact(scores: Tensor | Sequence[Tensor], threshold: Threshold) -> list[Ten
     """
     with torch.no_grad():
         return torch.ops.fishertune.compact(
-            as_list("scores", scores), threshold.value, threshold.n_greater, list(threshold.ties_kept_per_tensor)
+            as_list("scores", scores),
+            threshold.value,
+            list(threshold.greater_per_tensor),
+            list(threshold.ties_kept_per_tensor),
         )

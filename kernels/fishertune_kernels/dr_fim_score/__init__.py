@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ..ops import as_list
+from ..ops import as_list, checked_score_and_search
+from ..select_threshold import Threshold
 
 
 def dr_fim_score(
@@ -70,6 +72,42 @@ def dr_fim_score_(
     with torch.no_grad():
         torch.ops.fishertune.dr_fim_score_(
             as_list("scores", scores), fisher, shifted, count, kind, c, gamma, prior_precision, eps
+        )
+
+
+def dr_fim_threshold_(
+    scores: Tensor | Sequence[Tensor],
+    fisher: Tensor | Sequence[Tensor],
+    shifted: Tensor | Sequence[Tensor] | None,
+    k: int,
+    *,
+    count: int,
+    kind: str,
+    c: float,
+    gamma: float = 1.0,
+    prior_precision: float = 0.0,
+    eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
+) -> Threshold:
+    """:func:`dr_fim_score_` and :func:`select_threshold` of the new scores, in one pass over memory.
+
+    The pass that writes the scores also counts them, so that the threshold costs no read of its own (but where masses of
+    scores are equal). The results are those of the two calls, exactly.
+
+    Args:
+        scores, fisher, shifted, count, kind, c, gamma, prior_precision, eps: as for :func:`dr_fim_score_`.
+        k, group: as for :func:`select_threshold`.
+
+    Returns:
+        The :class:`Threshold` of the k largest of the updated ``scores``.
+
+    Raises:
+        TypeError, ValueError: as the two functions. NaN scores are refused after the scores were written.
+    """
+    fisher, shifted = _pair(fisher, shifted, kind)
+    with torch.no_grad():
+        return checked_score_and_search(
+            as_list("scores", scores), fisher, shifted, k, count, kind, c, gamma, prior_precision, eps, group
         )
 
 

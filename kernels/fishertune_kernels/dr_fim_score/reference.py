@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from ..select_threshold.reference import collect_bracket
+
 
 def dr_fim_score(
     fisher: list[torch.Tensor],
@@ -44,6 +46,25 @@ def dr_fim_score_(
             mean.copy_(score)  # whatever the buffer held, NaN included, is not part of the mean
         else:
             mean.add_((score - mean) / count)
+
+
+def dr_fim_score_collect_(
+    scores: list[torch.Tensor],
+    fisher: list[torch.Tensor],
+    shifted: list[torch.Tensor],
+    count: int,
+    kind: str,
+    c: float,
+    gamma: float,
+    prior_precision: float,
+    eps: float,
+    low: int,
+    high: int,
+    capacity: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`dr_fim_score_`, then ``collect_bracket`` of the new scores."""
+    dr_fim_score_(scores, fisher, shifted, count, kind, c, gamma, prior_precision, eps)
+    return collect_bracket(scores, low, high, capacity)
 
 
 def _score(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import as_list, checked_search
 from .search import Threshold
 
-__all__ = ["Threshold", "key_histogram", "select_threshold"]
+__all__ = ["Threshold", "collect_bracket", "key_histogram", "select_threshold"]
 
 
 def select_threshold(scores: Tensor | Sequence[Tensor], k: int, *, group: dist.ProcessGroup | None = None) -> Threshold:
@@ -59,3 +59,25 @@ def key_histogram(
     """
     with torch.no_grad():
         return torch.ops.fishertune.key_histogram(as_list("scores", scores), shift, bits, prefix_mask, prefix)
+
+
+def collect_bracket(
+    scores: Tensor | Sequence[Tensor], *, low: int, high: int, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """What lies above and inside a bracket of keys (see :func:`key_histogram`): one read of the scores.
+
+    Args:
+        scores: as for :func:`select_threshold`, at least one tensor, none of float64.
+        low, high: keys, 0 ≤ low ≤ high < 2³²; both belong to the bracket.
+        capacity: how many candidates to return at most.
+
+    Returns:
+        int64 tensors on the scores' device: ``counts_L3``, for each tensor the number of keys above the bracket, of keys
+        inside and of NaN, which are neither; and the candidates, (tensor number << 32) | key of every score inside, in
+        any order, or none where more than ``capacity`` lie inside.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, naming the value and the remedy.
+    """
+    with torch.no_grad():
+        return torch.ops.fishertune.collect_bracket(as_list("scores", scores), low, high, capacity)

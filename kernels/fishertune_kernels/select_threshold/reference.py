@@ -1,4 +1,4 @@
-"""Counts of order-preserving keys, the building block of an exact k-th largest over many tensors and ranks.
+"""Order-preserving keys, the building block of an exact k-th largest over many tensors and ranks.
 
 A float's bits, read as an unsigned integer, order like the float once negative numbers are complemented and positive
 ones get the top bit (Herf, "Radix tricks", 2001). Half types widen to float32 exactly; −0 counts as +0.
@@ -6,9 +6,12 @@ ones get the top bit (Herf, "Radix tricks", 2001). Half types widen to float32 e
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 _SIGN_64 = -(1 << 63)
+GOLDEN_RATIO = 2654435769  # 2³²/φ, odd
 
 
 def ordered_keys(scores: torch.Tensor) -> torch.Tensor:
@@ -31,3 +34,36 @@ def key_histogram(scores: list[torch.Tensor], shift: int, bits: int, prefix_mask
         counts[:-1] += torch.bincount(digits, minlength=2**bits)
         counts[-1] += nan.sum()
     return counts
+
+
+def sample_scores(scores: list[torch.Tensor], stride: int) -> torch.Tensor:
+    """One score from each run of ``stride`` elements of each tensor, in float32; NaN where the last, shorter run has none.
+
+    Multiples of the golden ratio choose the place within the runs: spread evenly, in step with no period.
+    """
+    sample, first = [], 0
+    for tensor in scores:
+        runs = torch.arange(math.ceil(tensor.numel() / stride), device=tensor.device)
+        turn = (runs + first) * GOLDEN_RATIO & 0xFFFFFFFF
+        place = runs * stride + (turn * stride >> 32)
+        inside = place < tensor.numel()
+        values = tensor.reshape(-1)[torch.where(inside, place, 0)].float()
+        sample.append(torch.where(inside, values, math.nan))
+        first += len(runs)
+    return torch.cat(sample)
+
+
+def collect_bracket(
+    scores: list[torch.Tensor], low: int, high: int, capacity: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per tensor the number of keys above ``high``, in [low, high], and of NaN; and (tensor number << 32) | key of all
+    inside, in any order, or none of them if they are more than ``capacity``."""
+    counts, candidates = [], []
+    for i, tensor in enumerate(scores):
+        nan = tensor.isnan()
+        keys = ordered_keys(tensor)[~nan]
+        inside = keys[(keys >= low) & (keys <= high)]
+        counts.append(torch.stack(((keys > high).sum(), torch.tensor(len(inside), device=keys.device), nan.sum())))
+        candidates.append(i << 32 | inside)
+    found = torch.cat(candidates)
+    return torch.stack(counts), found if len(found) <= capacity else found[:0]

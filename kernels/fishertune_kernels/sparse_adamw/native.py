@@ -18,7 +18,8 @@ class _AdamW(ctypes.Structure):
             (name, ctypes.c_double)
             for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale", "active_threshold")
         ),
-        ("step", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("step", "compact_grads", "stochastic")),
+        ("seed", ctypes.c_uint64),
     )
 
 
@@ -35,8 +36,11 @@ def sparse_adamw_(
     step: int,
     scores: list[torch.Tensor] | None = None,
     active_threshold: float | None = None,
-    grad_scale: float = 1.0,
+    grad_scale: float | torch.Tensor = 1.0,
     master: list[torch.Tensor] | None = None,
+    compact_grads: bool = False,
+    seed: int | None = None,
+    offsets: list[int] | None = None,
 ) -> None:
     gated = scores is not None and active_threshold is not None
     rows = Rows()
@@ -56,7 +60,10 @@ def sparse_adamw_(
             DTYPES[param.dtype],
             DTYPES[grad.dtype],
             INDEX_DTYPES[index.dtype],
+            offsets[i] if offsets else 0,
         )
     threshold = active_threshold if gated and active_threshold is not None else -math.inf
-    options = _AdamW(lr, *betas, eps, weight_decay, grad_scale, threshold, step)
+    options = _AdamW(
+        lr, *betas, eps, weight_decay, float(grad_scale), threshold, step, compact_grads, seed is not None, seed or 0
+    )
     call("ft_sparse_adamw", rows, ctypes.addressof(options))

@@ -14,6 +14,17 @@ import math
 
 import torch
 
+from ..philox import rounding_bits
+
+
+def stochastically_rounded(values: torch.Tensor, elements: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+    """float32 to bfloat16, up in magnitude with probability (dropped bits)/2¹⁶: bfloat16 is the upper half of float32,
+    so a sum with 16 random bits that carries is exactly that event. A finite value stays finite."""
+    word = values.view(torch.int32).long() & 0xFFFFFFFF
+    down, moved = word >> 16, (word + rounding_bits(elements, seed=seed, step=step)) >> 16
+    result = torch.where(((moved & 0x7F80) == 0x7F80) | ~values.isfinite(), down, moved)
+    return torch.where(values.isnan(), 0x7FC0, result).to(torch.int16).view(torch.bfloat16)
+
 
 def sparse_adamw_(
     params: list[torch.Tensor],
@@ -28,9 +39,13 @@ def sparse_adamw_(
     step: int,
     scores: list[torch.Tensor] | None = None,
     active_threshold: float | None = None,
-    grad_scale: float = 1.0,
+    grad_scale: float | torch.Tensor = 1.0,
     master: list[torch.Tensor] | None = None,
+    compact_grads: bool = False,
+    seed: int | None = None,
+    offsets: list[int] | None = None,
 ) -> None:
+    """``seed`` None rounds to nearest even; else ``offsets`` are the global indices of the tensors' first elements."""
     beta1, beta2 = betas
     correction1, correction2_sqrt = 1 - beta1**step, math.sqrt(1 - beta2**step)
     for i, (param, grad, index, mean, square) in enumerate(
@@ -38,7 +53,9 @@ def sparse_adamw_(
     ):
         index = index.long()
         flat = param.view(-1)
-        g = grad.reshape(-1)[index].to(mean.dtype) * grad_scale
+        selected = grad if compact_grads else grad.reshape(-1)[index]
+        scale = grad_scale.reshape(()).to(mean.dtype) if isinstance(grad_scale, torch.Tensor) else grad_scale
+        g = selected.to(mean.dtype) * scale
         mean.lerp_(g, 1 - beta1)
         square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
@@ -52,4 +69,7 @@ def sparse_adamw_(
                 master[i][active] = new
         elif master is not None:
             master[i].copy_(new)
-        flat[index] = new.to(param.dtype)
+        if seed is None or offsets is None:
+            flat[index] = new.to(param.dtype)
+        else:
+            flat[index] = stochastically_rounded(new, index + offsets[i], seed, step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..native import INDEX_DTYPES, Rows, call
@@ -12,19 +14,27 @@ def gather_values(tensors: list[torch.Tensor], indices: list[torch.Tensor]) -> l
         torch.empty(index.numel(), dtype=tensor.dtype, device="cpu")
         for tensor, index in zip(tensors, indices, strict=True)
     ]
+    _gather(tensors, indices, values)
+    return values
+
+
+def gather_values_into_(out: torch.Tensor, tensors: list[torch.Tensor], indices: list[torch.Tensor]) -> None:
+    _gather(tensors, indices, out.split([index.numel() for index in indices]))
+
+
+def _gather(tensors: list[torch.Tensor], indices: list[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     rows = Rows()
     for tensor, index, value in zip(tensors, indices, values, strict=True):
         rows.add(
             rows.read(tensor),
             rows.read(index),
-            value.data_ptr(),
+            rows.write(value, dtype=None),
             tensor.numel(),
             index.numel(),
             tensor.element_size(),
             INDEX_DTYPES[index.dtype],
         )
     call("ft_gather_values", rows)
-    return values
 
 
 def scatter_values_(tensors: list[torch.Tensor], indices: list[torch.Tensor], values: list[torch.Tensor]) -> None:

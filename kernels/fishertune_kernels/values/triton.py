@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -56,16 +58,20 @@ def gather_values(tensors: list[torch.Tensor], indices: list[torch.Tensor]) -> l
     return values
 
 
+def gather_values_into_(out: torch.Tensor, tensors: list[torch.Tensor], indices: list[torch.Tensor]) -> None:
+    _launch(tensors, out.split([index.numel() for index in indices]), indices, scatter=False)
+
+
 def scatter_values_(tensors: list[torch.Tensor], indices: list[torch.Tensor], values: list[torch.Tensor]) -> None:
     _launch(tensors, values, indices, scatter=True)
 
 
 def _launch(
-    tensors: list[torch.Tensor], values: list[torch.Tensor], indices: list[torch.Tensor], *, scatter: bool
+    tensors: list[torch.Tensor], values: Sequence[torch.Tensor], indices: list[torch.Tensor], *, scatter: bool
 ) -> None:
     for group in by_dtype(tensors, values, indices):
         tensors_, _, indices_ = group
-        table = list_table(CONFIG["BLOCK"], *group)
+        table = list_table(CONFIG["BLOCK"], *group, scattered=1)
         launch(
             move_kernel,
             table.n_chunks,

@@ -21,9 +21,12 @@ from triton.compiler import ASTSource
 from fishertune_kernels.compact import triton as compact
 from fishertune_kernels.dr_fim_score import triton as dr_fim_score
 from fishertune_kernels.gaussian_perturb import triton as gaussian_perturb
+from fishertune_kernels.per_sample_affine_squared_grad import triton as per_sample_affine
+from fishertune_kernels.per_sample_squared_grad import tiles
 from fishertune_kernels.per_sample_squared_grad import triton as per_sample
 from fishertune_kernels.precision_update import triton as precision_update
 from fishertune_kernels.select_threshold import triton as select_threshold
+from fishertune_kernels.selected_grad_norm import triton as selected_grad_norm
 from fishertune_kernels.sparse_adamw import triton as sparse_adamw
 from fishertune_kernels.squared_grad_accumulate import triton as squared_grad
 from fishertune_kernels.values import triton as values
@@ -40,11 +43,20 @@ TYPES = {
     "pointers": "*i64", "layout": "*i64", "owners": "*i32", "n_tensors": "i32", "n_chunks": "i32",
     "seed_low": "i32", "seed_high": "i32", "step_low": "i32", "step_high": "i32",
     "shift": "i32", "prefix_mask": "i32", "prefix": "i32", "before": "*i64", "quotas": "*i64",
-    "N": "i32", "T": "i32", "O": "i32", "I": "i32", "accumulator": "*fp32", "sums": "*fp32",
+    "numbers": "*i64", "runs": "*i64", "sample": "*fp32", "counts": "*i32", "cursor": "*i64", "candidates": "*i64",
+    "stride": "i32", "low": "i32", "high": "i32", "capacity": "i32",
+    "N": "i32", "T": "i32", "O": "i32", "I": "i32", "C": "i32", "accumulator": "*fp32", "sums": "*fp32",
+    "heads": "i32", "splits": "i32", "split_samples": "i32", "split_tokens": "i32", "size": "i32",
+    **dict.fromkeys(("x_sample", "x_head", "x_token", "dy_sample", "dy_head", "dy_token"), "i32"),
+    **dict.fromkeys(("result", "partials", "mean", "rstd", "norm", "grad_scale_address"), "*fp32"),
+    "first": "i32", "n_partials": "i32",
 }  # fmt: skip
 # Torch's allocations begin at multiples of 16 bytes, and the features of a transformer are multiples of 16.
-MULTIPLES_OF_16 = {"pointers", "layout", "owners", "counts", "before", "quotas", "accumulator", "sums", "x", "dy",
-                   "O", "I"}  # fmt: skip
+MULTIPLES_OF_16 = {
+    "pointers", "layout", "owners", "counts", "numbers", "runs", "sample", "cursor", "candidates", "before", "quotas",
+    "accumulator", "sums", "x", "dy", "O", "I", "C", "size", "result", "partials", "x_sample", "x_head", "x_token",
+    "dy_sample", "dy_head", "dy_token",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,30 +66,50 @@ class Case:
     types: dict = field(default_factory=dict)
     streams: bool = True
     """Whether its aligned inputs are to be read 16 bytes at a time."""
+    needs: tuple[str, ...] = ()
+    """Instructions the compiled text must hold."""
 
 
-def _product(half: bool, target: str) -> dict:
-    precision = "ieee" if target.startswith("gfx") else "tf32x3"
-    config = per_sample.CONFIGS["hopper" if target == "sm_90" else "other", "half" if half else "float"]
-    return {"PRECISION": precision, "WIDEN": False, "GROUP": per_sample.GROUP, **config}
+def _products(target: str) -> dict[str, Case]:
+    """The per-sample product in every tile and variant of its table."""
+    found = {}
+    for operands, element in (("half", "bf16"), ("float", "fp32")):
+        configs = {f"tile {i}": config for i, config in enumerate(tiles.TABLE[target, operands])}
+        for name, config in (configs | tiles.VARIANTS.get((target, operands), {})).items():
+            needs = ("wgmma.mma_async",) if target == "sm_90" else ()
+            types = {"x": f"*{element}", "dy": f"*{element}"}
+            if config.tma:
+                needs += ("cp.async.bulk.tensor",)
+                sides = {"x": config.BLOCK_I, "dy": config.BLOCK_O}
+                types = {side: f"tensordesc<{element}[1, 1, {config.BLOCK_T}, {n}]>" for side, n in sides.items()}
+            constants = {
+                "PARTIAL": name == "tile 1", "FLAT": config.flat, "TMA": config.tma, "WIDEN": False,
+                "PRECISION": "ieee" if target.startswith("gfx") else "tf32x3", "GROUP": per_sample.GROUP,
+                "BLOCK_O": config.BLOCK_O, "BLOCK_I": config.BLOCK_I, "BLOCK_T": config.BLOCK_T,
+                "num_warps": config.num_warps, "num_stages": config.num_stages,
+            }  # fmt: skip
+            case = Case(per_sample.per_sample_squared_grad_kernel, constants, types, streams=False, needs=needs)
+            found[f"per_sample_squared_grad {element} {name}"] = case
+    return found
 
 
 def cases(target: str) -> dict[str, Case]:
     aligned = {"ALIGNED": True}
     score = {"SCORE": tl.float32, **aligned}
-    half_inputs, float_inputs = {"x": "*bf16", "dy": "*bf16"}, {"x": "*fp32", "dy": "*fp32"}
+    half_inputs = {"x": "*bf16", "dy": "*bf16"}
     return {
         "squared_grad_accumulate bf16": Case(
             squared_grad.squared_grad_accumulate_kernel, {"GRAD": tl.bfloat16, **aligned, **squared_grad.CONFIG}
         ),
-        "per_sample_squared_grad bf16": Case(
-            per_sample.per_sample_squared_grad_kernel, _product(True, target), half_inputs, streams=False
+        **_products(target),
+        "per_sample_squared_grad partial_sum": Case(per_sample.partial_sum_kernel, per_sample.SUM_CONFIG),
+        "per_sample_affine sum bf16": Case(
+            per_sample_affine.affine_sum_kernel,
+            {"SCALED": True, "SHIFTED": True, "NORMALISED": True, **per_sample_affine.SUM_CONFIG},
+            half_inputs,
         ),
-        "per_sample_squared_grad fp32": Case(
-            per_sample.per_sample_squared_grad_kernel, _product(False, target), float_inputs, streams=False
-        ),
-        "per_sample_squared_grad token_sum bf16": Case(
-            per_sample.token_sum_kernel, per_sample.SUM_CONFIG, half_inputs
+        "per_sample_affine square": Case(
+            per_sample_affine.affine_square_kernel, per_sample_affine.SQUARE_CONFIG, streams=False
         ),
         "gaussian_perturb bf16": Case(
             gaussian_perturb.gaussian_perturb_kernel,
@@ -94,6 +126,11 @@ def cases(target: str) -> dict[str, Case]:
             {"FISHER": tl.float32, "SHIFTED": tl.float32, "TASK_ONLY": False, "FIRST": False, **aligned,
              **dr_fim_score.CONFIG},
         ),
+        "dr_fim_score collect fp32": Case(
+            dr_fim_score.dr_fim_score_collect_kernel,
+            {"FISHER": tl.float32, "SHIFTED": tl.float32, "TASK_ONLY": False, "FIRST": False, "KEEP": True, **aligned,
+             **dr_fim_score.CONFIG},
+        ),
         "key_histogram 8 bits fp32": Case(
             select_threshold.key_histogram_kernel,
             {"BINS": 256, "IN_REGISTERS": True, **score, **select_threshold.CONFIG},
@@ -105,17 +142,49 @@ def cases(target: str) -> dict[str, Case]:
             {"counts": "*i64"},
             streams=False,  # its time goes into atomics
         ),
+        "sample_scores bf16": Case(
+            select_threshold.sample_scores_kernel, {"SCORE": tl.bfloat16, **select_threshold.SAMPLE_CONFIG},
+            streams=False,  # one score from each run
+        ),
+        "collect_bracket fp32": Case(
+            select_threshold.collect_bracket_kernel, {"KEEP": True, **score, **select_threshold.COLLECT_CONFIG}
+        ),
+        "collect_bracket bf16 counts only": Case(
+            select_threshold.collect_bracket_kernel,
+            {"KEEP": False, **score, "SCORE": tl.bfloat16, **select_threshold.COLLECT_CONFIG},
+        ),
         "compact count fp32": Case(compact.count_kernel, {**score, **compact.CONFIG}, {"counts": "*i32"}),
         "compact write fp32": Case(compact.write_kernel, {"INDEX": tl.int32, **score, **compact.CONFIG}),
         "sparse_adamw bf16 gated master": Case(
             sparse_adamw.sparse_adamw_kernel,
-            {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16, "INDEX": tl.int32, "GATED": True, "MASTER": True, **aligned,
-             **sparse_adamw.CONFIG},
+            {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16, "INDEX": tl.int32, "COMPACT": False, "SCALED": False,
+             "GATED": True, "MASTER": True, "STOCHASTIC": False, **aligned, **sparse_adamw.CONFIG},
+        ),
+        "sparse_adamw bf16 stochastic": Case(
+            sparse_adamw.sparse_adamw_kernel,
+            {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16, "INDEX": tl.int32, "COMPACT": False, "SCALED": True,
+             "GATED": False, "MASTER": False, "STOCHASTIC": True, **aligned, **sparse_adamw.CONFIG},
+        ),
+        "sparse_adamw bf16 compact": Case(
+            sparse_adamw.sparse_adamw_kernel,
+            {"PARAM": tl.bfloat16, "GRAD": tl.bfloat16, "INDEX": tl.int32, "COMPACT": True, "SCALED": True,
+             "GATED": False, "MASTER": False, "STOCHASTIC": False, **aligned, **sparse_adamw.CONFIG},
         ),
         "sparse_adamw fp32 int64": Case(
             sparse_adamw.sparse_adamw_kernel,
-            {"PARAM": tl.float32, "GRAD": tl.float32, "INDEX": tl.int64, "GATED": False, "MASTER": False, **aligned,
-             **sparse_adamw.CONFIG},
+            {"PARAM": tl.float32, "GRAD": tl.float32, "INDEX": tl.int64, "COMPACT": False, "SCALED": False,
+             "GATED": False, "MASTER": False, "STOCHASTIC": False, **aligned, **sparse_adamw.CONFIG},
+        ),
+        "selected_grad_norm bf16": Case(
+            selected_grad_norm.selected_squares_kernel,
+            {"GRAD": tl.bfloat16, "INDEX": tl.int32, "WHOLE": False, **aligned, **selected_grad_norm.CONFIG},
+        ),
+        "selected_grad_norm fp32 whole": Case(
+            selected_grad_norm.selected_squares_kernel,
+            {"GRAD": tl.float32, "INDEX": tl.int32, "WHOLE": True, **aligned, **selected_grad_norm.CONFIG},
+        ),
+        "selected_grad_norm second stage": Case(
+            selected_grad_norm.finish_kernel, selected_grad_norm.FINISH_CONFIG, streams=False
         ),
         "values gather 16 bit": Case(
             values.move_kernel, {"VALUE": tl.int16, "INDEX": tl.int32, "SCATTER": False, **aligned, **values.CONFIG}
@@ -137,6 +206,8 @@ class Compiled:
     float64: list[str]
     vector_loads: int
     """Loads of 16 bytes."""
+    text: str
+    """The PTX or the AMD assembly."""
 
     @property
     def use(self) -> dict[str, int]:
@@ -159,7 +230,11 @@ def compile_case(case: Case, target: str) -> Compiled:
         case.kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in MULTIPLES_OF_16},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name in MULTIPLES_OF_16 and not signature[name].startswith("tensordesc")
+        },
     )
     asm = triton.compile(source, target=TARGETS[target], options=options)
     narrow = [line.strip() for line in asm.asm["ttir"].splitlines() if narrow_offset(line)]
@@ -191,6 +266,7 @@ def _nvidia(asm, narrow: list[str], target: str) -> Compiled:
         vector_loads=len(
             re.findall(r"(?:ld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)|cp\.async\.c[ag]\S* .*, 0x10)", ptx)
         ),
+        text=ptx,
     )
 
 
@@ -207,6 +283,7 @@ def _amd(asm, narrow: list[str]) -> Compiled:
         narrow_offsets=narrow,
         float64=re.findall(r"^\s*v_\w+_f64.*$", text, re.M),
         vector_loads=len(re.findall(r"(?:global|buffer|flat)_load_dwordx4", text)),
+        text=text,
     )
 
 

@@ -10,7 +10,17 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process and cannot be compiled", allow_module_level=True)
 
-from compile_cases import BUDGET, TARGETS, Compiled, cases, compile_case, missing_backend, narrow_offset, triton_minor
+from compile_cases import (
+    BUDGET,
+    TARGETS,
+    TYPES,
+    Compiled,
+    cases,
+    compile_case,
+    missing_backend,
+    narrow_offset,
+    triton_minor,
+)
 
 RECORDED = json.loads(BUDGET.read_text(encoding="utf-8"))
 
@@ -23,6 +33,7 @@ def test_compiles_within_its_budget(target):
     for name, case in cases(target).items():
         compiled = compile_case(case, target)
         complaints += [f"{name}: {complaint}" for complaint in _complaints(compiled, case.streams, name, target)]
+        complaints += [f"{name}: no {needed}" for needed in case.needs if needed not in compiled.text]
     assert not complaints, f"{target}:\n" + "\n".join(complaints)
 
 
@@ -43,6 +54,32 @@ def _complaints(compiled: Compiled, streams: bool, name: str, target: str) -> li
 def test_the_budget_lists_every_kernel_and_no_other():
     for target in TARGETS:
         assert list(RECORDED[target]) == list(cases(target))
+
+
+def test_no_scalar_that_changes_between_steps_chooses_the_kernel():
+    """triton compiles anew where an integer turns 1 or a multiple of 16, or a pointer loses its alignment."""
+    changing = {
+        "seed_low",
+        "seed_high",
+        "step_low",
+        "step_high",
+        "n_tensors",
+        "first",
+        "n_partials",
+        "grad_scale_address",
+    }
+    seen = set()
+    for name, case in cases("sm_90").items():
+        for param in case.kernel.params:
+            if param.name in changing:
+                seen.add(param.name)
+                assert param.do_not_specialize, f"{name}: {param.name}"
+            elif not param.is_constexpr:
+                kind = case.types.get(param.name, TYPES.get(param.name, "fp32"))
+                # Sizes of a layer and digits of a radix pass are few; floats are never specialised.
+                few = {"N", "T", "O", "I", "n_chunks", "shift", "prefix_mask", "prefix"}
+                assert kind == "fp32" or kind.startswith("*") or param.name in few, f"{name}: {param.name}"
+    assert seen == changing
 
 
 def test_every_kernel_of_the_package_is_compiled():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from interpreter_inputs import CANARY, FLOATS, SIZES, Fenced, assert_close, doubles, normal
+from interpreter_inputs import CANARY, FLOATS, SIZES, Fenced, assert_close, doubles, normal, positive
 
 import fishertune_kernels as fk
 from fishertune_kernels.select_threshold import reference as threshold_reference
@@ -55,6 +55,65 @@ def test_threshold_and_compaction(gpu_digits, dtype, k):
     ours = np.concatenate([index.numpy() + offset for index, offset in zip(indices, offsets, strict=False)])
     assert np.array_equal(ours, chosen)
     assert all(index.dtype == torch.int32 for index in indices)
+
+
+@pytest.mark.parametrize("stride", [1, 7, 64, 5000])
+def test_sample(stride):
+    from fishertune_kernels.select_threshold import triton as backend
+
+    scores = [s.to(FLOATS[i % 3]) for i, s in enumerate(normal(SIZES, seed=23))]
+    ours, expected = backend.sample_scores(scores, stride), threshold_reference.sample_scores(scores, stride)
+    assert torch.equal(ours.nan_to_num(nan=-9.0), expected.nan_to_num(nan=-9.0))
+
+
+@pytest.mark.parametrize(("dtypes", "shift"), [((torch.float32,), 0), (FLOATS, 1)])
+@pytest.mark.parametrize(("low", "high"), [
+    (0, 2**32 - 1), (0xBF800000, 0xBF800000), (0x80000000, 0x80000000), (0x40000000, 0xBF400000), (1, 2),
+])  # fmt: skip
+def test_collect_bracket(dtypes, low, high, shift):
+    scores = [Fenced(shift)(s.to(dtypes[i % len(dtypes)])) for i, s in enumerate(scores_with_ties(torch.float32, 24))]
+    scores[5][::1000] = float("nan")
+    counts, expected = threshold_reference.collect_bracket(scores, low, high, 10**5)
+    assert counts[5, 2] == 10
+    for capacity in {len(expected), max(len(expected) - 1, 0), 0}:
+        ours, candidates = fk.collect_bracket(scores, low=low, high=high, capacity=capacity)
+        assert torch.equal(ours, counts)
+        fits = capacity >= len(expected)
+        assert torch.equal(candidates.sort().values, expected.sort().values if fits else expected[:0])
+
+
+@pytest.mark.parametrize("kind", ["f", "dr_fim_variational"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_scores_and_their_bracket_in_one_pass(dtype, kind):
+    from fishertune_kernels.dr_fim_score import triton as backend
+
+    fence = Fenced()
+    fisher, shifted = positive(SIZES, dtype, seed=25), positive(SIZES, dtype, seed=26)
+    scores = [fence(start) for start in positive(SIZES, seed=27)]
+    apart = [score.clone() for score in scores]
+    options, bracket = (2, kind, 0.7, 2.0, 1e-3, 1e-8), (0xB8000000, 0xBA000000, 9000)
+    counts, candidates = backend.dr_fim_score_collect_(scores, fisher, shifted, *options, *bracket)
+    backend.dr_fim_score_(apart, fisher, shifted, *options)
+    assert all(torch.equal(a, b) for a, b in zip(scores, apart, strict=True))
+    expected_counts, expected = threshold_reference.collect_bracket(apart, *bracket)
+    assert torch.equal(counts, expected_counts)
+    assert 0 < len(expected) <= 9000 and torch.equal(candidates.sort().values, expected.sort().values)
+    fence.check()
+
+
+@pytest.mark.parametrize("k", [1, 300, 7000])
+def test_a_sample_brackets_the_threshold(gpu_digits, monkeypatch, k):
+    monkeypatch.setattr(search, "SMALL", 1)
+    monkeypatch.setattr(search, "LARGEST_SHARE", 1)
+    scores = normal(SIZES, seed=28)
+    calls = []
+    monkeypatch.setattr(search, "_brackets", lambda *a, of=search._brackets: (calls.append(b) or b for b in of(*a)))
+    threshold = fk.select_threshold(scores, k)
+    flat = torch.cat([s.flatten() for s in scores])
+    assert threshold.value == flat.topk(k).values[-1].item() and threshold.n_greater + threshold.n_ties_kept == k
+    assert len(calls) == 1 and calls[0].low < calls[0].high
+    means = [torch.empty_like(s) for s in scores]
+    assert fk.dr_fim_threshold_(means, scores, None, k, count=1, kind="f", c=0.0) == threshold
 
 
 def test_compaction_of_mixed_dtypes_and_of_everything_equal(gpu_digits):
