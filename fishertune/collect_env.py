@@ -158,6 +158,7 @@ def _native_library() -> dict[str, str]:
         "path": native.lib()._name,
         "interface version": str(native.ABI_VERSION),
         "instruction set": native.isa(),
+        "CUDA kernels": native.cuda_why_not() or "available",
     }
 
 

@@ -21,12 +21,12 @@ int32_t ft_cuda_collect_bracket(const ft_cuda_row*, int64_t, int64_t, uint32_t, 
   return absent();
 }
 
-int64_t ft_cuda_compact_workspace(int64_t) { return 0; }
-
-int32_t ft_cuda_compact_count(const ft_cuda_row*, int64_t, int64_t, float, const int64_t*, void*, int64_t*, int32_t, void*) {
+int32_t ft_cuda_sample_scores(const ft_cuda_row*, int64_t, int64_t, const int64_t*, int64_t, float*, int32_t, void*) {
   return absent();
 }
 
-int32_t ft_cuda_compact_write(const ft_cuda_row*, int64_t, int64_t, float, const void*, void* const*, int32_t, void*) {
+int64_t ft_cuda_compact_workspace(int64_t) { return 0; }
+
+int32_t ft_cuda_compact(const ft_cuda_row*, int64_t, int64_t, float, const ft_cuda_output*, void*, int64_t*, int32_t, void*) {
   return absent();
 }

@@ -6,6 +6,7 @@
 #include "collect_bracket.cuh"
 #include "compact.cuh"
 #include "key_histogram.cuh"
+#include "sample_scores.cuh"
 #include "status.h"
 
 namespace ft {
@@ -38,7 +39,7 @@ int32_t on_device(int32_t device, Body body) {
 int32_t check_launch(const ft_cuda_row* table, int64_t n_rows, int64_t n_tiles) {
   const long long rows = n_rows, tiles = n_tiles;
   if (n_rows < 0 || n_rows > INT32_MAX) return invalid("n_rows is %lld; expected 0 to 2^31 - 1", rows);
-  if (n_tiles < 0 || (n_tiles > 0 && n_rows == 0)) return invalid("n_tiles is %lld for %lld tensors; take it from ft_cuda_table", tiles, rows);
+  if (n_tiles < 0 || (n_tiles > 0 && n_rows == 0)) return invalid("the work is %lld for %lld tensors; expected the n_tiles of ft_cuda_table", tiles, rows);
   if (n_rows > 0 && table == nullptr) return invalid("table is NULL with n_rows %lld", rows);
   return FT_OK;
 }
@@ -144,33 +145,36 @@ int32_t ft_cuda_collect_bracket(const ft_cuda_row* table, int64_t n_rows, int64_
   });
 }
 
+int32_t ft_cuda_sample_scores(const ft_cuda_row* table, int64_t n_rows, int64_t n_samples, const int64_t* first_samples,
+                              int64_t stride, float* sample, int32_t device, void* stream) {
+  FT_TRY(check_launch(table, n_rows, n_samples));
+  if (stride < 1 || stride > UINT32_MAX) return invalid("stride is %lld; expected 1 to 2^32 - 1", static_cast<long long>(stride));
+  if (n_samples > 0 && (first_samples == nullptr || sample == nullptr)) return invalid("first_samples or sample is NULL");
+  return on_device(device, [&] {
+    return run_over_tiles("sample_scores", sample_scores_kernel, kThreads, device, stream, table, n_rows, n_samples, first_samples,
+                          stride, sample);
+  });
+}
+
 int64_t ft_cuda_compact_workspace(int64_t n_tiles) { return n_tiles * kTileWorkspace; }
 
-int32_t ft_cuda_compact_count(const ft_cuda_row* table, int64_t n_rows, int64_t n_tiles, float value, const int64_t* ties,
-                              void* workspace, int64_t* counts, int32_t device, void* stream) {
+int32_t ft_cuda_compact(const ft_cuda_row* table, int64_t n_rows, int64_t n_tiles, float value, const ft_cuda_output* outputs,
+                        void* workspace, int64_t* selected, int32_t device, void* stream) {
   FT_TRY(check_launch(table, n_rows, n_tiles));
   if (std::isnan(value)) return invalid("the threshold is NaN");
-  if (n_rows > 0 && (ties == nullptr || counts == nullptr)) return invalid("ties or counts is NULL");
+  if (n_rows > 0 && (outputs == nullptr || selected == nullptr)) return invalid("outputs or selected is NULL");
   if (n_tiles > 0 && workspace == nullptr) return invalid("workspace is NULL");
   if (n_rows == 0) return FT_OK;
   return on_device(device, [&]() -> int32_t {
     TilePlan* const plan = static_cast<TilePlan*>(workspace);
+    void* const marks = plan + n_tiles;
     FT_TRY(run_over_tiles("compact_mark", compact_mark_kernel, kThreads, device, stream, table, n_rows, n_tiles, value, plan,
-                          reinterpret_cast<uint8_t*>(plan + n_tiles)));
-    launch(compact_locate_kernel, n_rows, kLocateThreads, static_cast<cudaStream_t>(stream), table, ties, plan, counts);
+                          static_cast<uint8_t*>(marks)));
+    launch(compact_locate_kernel, n_rows, kLocateThreads, static_cast<cudaStream_t>(stream), table, outputs, plan, selected);
     const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? static_cast<int32_t>(FT_OK) : cuda_failed("compact_locate", error);
-  });
-}
-
-int32_t ft_cuda_compact_write(const ft_cuda_row* table, int64_t n_rows, int64_t n_tiles, float value, const void* workspace,
-                              void* const* indices, int32_t device, void* stream) {
-  FT_TRY(check_launch(table, n_rows, n_tiles));
-  if (n_tiles > 0 && (workspace == nullptr || indices == nullptr)) return invalid("workspace or indices is NULL");
-  return on_device(device, [&] {
-    const TilePlan* const plan = static_cast<const TilePlan*>(workspace);
+    if (error != cudaSuccess) return cuda_failed("compact_locate", error);
     return run_over_tiles("compact_write", compact_write_kernel, kWriteThreads, device, stream, table, n_rows, n_tiles, value, plan,
-                          reinterpret_cast<const uint32_t*>(plan + n_tiles), indices);
+                          static_cast<const uint32_t*>(marks), outputs);
   });
 }
 

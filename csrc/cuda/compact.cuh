@@ -66,12 +66,12 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// One block per tensor; quotas[r] ties of tensor r are kept, the first ones. counts[r]: its number of indices.
+// One block per tensor. selected[r]: the number of its indices.
 __global__ void __launch_bounds__(kLocateThreads)
-    compact_locate_kernel(const ft_cuda_row* rows, const int64_t* quotas, TilePlan* plan, int64_t* counts) {
+    compact_locate_kernel(const ft_cuda_row* rows, const ft_cuda_output* outputs, TilePlan* plan, int64_t* selected) {
   FT_SHARED(unsigned long long, warp_totals, kLocateThreads / 32);
   const ft_cuda_row row = rows[blockIdx.x];
-  const int64_t n = (row.numel + kTile - 1) / kTile, quota = quotas[blockIdx.x];
+  const int64_t n = (row.numel + kTile - 1) / kTile, quota = outputs[blockIdx.x].ties;
   TilePlan* const tiles = plan + row.first_tile;
   int64_t above = 0, ties = 0;
   for (int64_t first = 0; first < n; first += kLocateThreads * kLocateItems) {
@@ -95,13 +95,13 @@ __global__ void __launch_bounds__(kLocateThreads)
     above += static_cast<int64_t>(total & 0xffffffffu);
     ties += static_cast<int64_t>(total >> 32);
   }
-  if (threadIdx.x == 0) counts[blockIdx.x] = above + min(ties, quota);
+  if (threadIdx.x == 0) selected[blockIdx.x] = above + min(ties, quota);
 }
 
-// indices[r]: int32 for up to 2^31 elements, else int64; counts[r] entries.
+// Where a tensor turns out to have more indices than its output has room for, the rest of them is left out.
 __global__ void __launch_bounds__(kWriteThreads)
     compact_write_kernel(const ft_cuda_row* rows, int64_t n_rows, int64_t n_tiles, float value, const TilePlan* plan,
-                         const uint32_t* marks, void* const* indices) {
+                         const uint32_t* marks, const ft_cuda_output* outputs) {
   FT_SHARED(int, warp_totals, kWriteThreads / 32);
   FT_SHARED(uint16_t, found, kTile);
   for_tiles(rows, n_rows, n_tiles, [&](int64_t r, const ft_cuda_row& row, int64_t tile, int64_t start) {
@@ -128,12 +128,14 @@ __global__ void __launch_bounds__(kWriteThreads)
     // The scan's barriers also keep these writes behind the previous tile's reads.
     for (; word != 0; word &= word - 1) found[place++] = static_cast<uint16_t>(word_number * 32 + __ffs(word) - 1);
     __syncthreads();
+    const ft_cuda_output output = outputs[r];
+    const int64_t room = min(static_cast<int64_t>(total), output.count - at.place);
     if (row.numel <= int64_t{1} << 31) {
-      int32_t* const out = static_cast<int32_t*>(indices[r]) + at.place;
-      for (int i = word_number; i < total; i += kWriteThreads) out[i] = static_cast<int32_t>(start + found[i]);
+      int32_t* const out = static_cast<int32_t*>(output.index) + at.place;
+      for (int i = word_number; i < room; i += kWriteThreads) out[i] = static_cast<int32_t>(start + found[i]);
     } else {
-      int64_t* const out = static_cast<int64_t*>(indices[r]) + at.place;
-      for (int i = word_number; i < total; i += kWriteThreads) out[i] = start + found[i];
+      int64_t* const out = static_cast<int64_t*>(output.index) + at.place;
+      for (int i = word_number; i < room; i += kWriteThreads) out[i] = start + found[i];
     }
   });
 }

@@ -93,22 +93,28 @@ __device__ __forceinline__ float score_at(const ft_cuda_row& row, int64_t i) {
   return widen(static_cast<const Fp16*>(row.score)[i]);
 }
 
+// The last row that begins at or before `position`: empty tensors begin where the next one does.
+template <class Begin>
+__device__ __forceinline__ int64_t row_of(int64_t position, int64_t n_rows, Begin begin) {
+  int64_t r = 0, after = n_rows;
+  while (after - r > 1) {
+    const int64_t middle = r + (after - r) / 2;
+    if (begin(middle) <= position) {
+      r = middle;
+    } else {
+      after = middle;
+    }
+  }
+  return r;
+}
+
 // use(row number, row, tile, offset of the tile in its tensor) for each of this block's tiles, in order.
 template <class Use>
 __device__ __forceinline__ void for_tiles(const ft_cuda_row* rows, int64_t n_rows, int64_t n_tiles, Use use) {
   int64_t tile = n_tiles * blockIdx.x / gridDim.x;
   const int64_t end = n_tiles * (int64_t{blockIdx.x} + 1) / gridDim.x;
   if (tile == end) return;
-  // The last row that begins at or before the tile: empty tensors begin where the next one does.
-  int64_t r = 0, after = n_rows;
-  while (after - r > 1) {
-    const int64_t middle = r + (after - r) / 2;
-    if (rows[middle].first_tile <= tile) {
-      r = middle;
-    } else {
-      after = middle;
-    }
-  }
+  int64_t r = row_of(tile, n_rows, [=](int64_t row) { return rows[row].first_tile; });
   for (; tile < end; ++tile) {
     while (r + 1 < n_rows && rows[r + 1].first_tile <= tile) ++r;
     const ft_cuda_row row = rows[r];

@@ -256,14 +256,23 @@ FT_API int32_t ft_cuda_collect_bracket(const ft_cuda_row* table, int64_t n_rows,
                                        uint32_t high, int64_t* counts, int64_t* candidates, int64_t capacity,
                                        int64_t* n_candidates, int32_t device, void* stream);
 
-/* As ft_compact_count and ft_compact_write, the quotas of ties and the addresses of the outputs in device memory, indices
- * int32 for tensors of up to 2^31 elements and int64 for larger ones. The workspace, at a multiple of 16 bytes,
- * carries a bit per score from one call to the other. */
+/* As ft_sample_scores: `sample` takes n_samples values in all, those of tensor r from first_samples[r] on. The runs are the
+ * work here, so n_samples stands where the tiles do elsewhere. All in device memory. */
+FT_API int32_t ft_cuda_sample_scores(const ft_cuda_row* table, int64_t n_rows, int64_t n_samples,
+                                     const int64_t* first_samples, int64_t stride, float* sample, int32_t device,
+                                     void* stream);
+
+/* As ft_compact, with an output for each row of the table, in device memory; indices are int32 for tensors of up to 2^31
+ * elements and int64 for larger ones. The workspace, at a multiple of 16 bytes, holds a bit per score. */
+typedef struct {
+  int64_t ties;
+  int64_t count;
+  void* index;
+} ft_cuda_output;
 FT_API int64_t ft_cuda_compact_workspace(int64_t n_tiles); /* bytes */
-FT_API int32_t ft_cuda_compact_count(const ft_cuda_row* table, int64_t n_rows, int64_t n_tiles, float value,
-                                     const int64_t* ties, void* workspace, int64_t* counts, int32_t device, void* stream);
-FT_API int32_t ft_cuda_compact_write(const ft_cuda_row* table, int64_t n_rows, int64_t n_tiles, float value,
-                                     const void* workspace, void* const* indices, int32_t device, void* stream);
+FT_API int32_t ft_cuda_compact(const ft_cuda_row* table, int64_t n_rows, int64_t n_tiles, float value,
+                               const ft_cuda_output* outputs, void* workspace, int64_t* selected, int32_t device,
+                               void* stream);
 
 #ifdef __cplusplus
 }

@@ -38,11 +38,15 @@ def _table(device: torch.device, stream: int, rows: tuple[tuple[int, int, int], 
     return ScoreTable(rows_L4.to(device), n_tiles.value)
 
 
-def launch(function: str, table: ScoreTable, *arguments: object) -> None:
-    """Queue a kernel over the table's tensors on the current stream of their device."""
-    rows_L4 = table.rows_L4
+def launch(function: str, table: ScoreTable, *arguments: object, work: int | None = None) -> None:
+    """Queue work on the table's tensors on the current stream of their device; ``work`` where it is not the tiles."""
+    rows_L4, n_tiles = table
     status = getattr(lib(), function)(
-        rows_L4.data_ptr(), len(rows_L4), table.n_tiles, *arguments, *launch_place(rows_L4.device)
+        rows_L4.data_ptr(),
+        len(rows_L4),
+        n_tiles if work is None else work,
+        *arguments,
+        *launch_place(rows_L4.device),
     )
     check(function, status)
 

@@ -47,12 +47,12 @@ _ARGUMENTS: dict[str, list[type]] = {
     "ft_scatter_values": [],
 }
 
-# Arguments between (table, n_rows, n_tiles) and (device, stream).
+# Arguments between (table, n_rows, work) and (device, stream).
 _CUDA_ARGUMENTS: dict[str, list[type]] = {
     "ft_cuda_key_histogram": [_INT, _INT, ctypes.c_uint32, ctypes.c_uint32, _POINTER],
     "ft_cuda_collect_bracket": [ctypes.c_uint32, ctypes.c_uint32, _POINTER, _POINTER, _COUNT, _POINTER],
-    "ft_cuda_compact_count": [ctypes.c_float, _POINTER, _POINTER, _POINTER],
-    "ft_cuda_compact_write": [ctypes.c_float, _POINTER, _POINTER],
+    "ft_cuda_sample_scores": [_POINTER, _COUNT, _POINTER],
+    "ft_cuda_compact": [ctypes.c_float, _POINTER, _POINTER, _POINTER],
 }
 
 

@@ -11,16 +11,17 @@ from ..select_threshold.search import Threshold
 
 def compact(scores: list[torch.Tensor], threshold: Threshold) -> list[torch.Tensor]:
     device = scores[0].device
+    indices, outputs = [], []
+    for tensor, greater, ties in zip(scores, threshold.greater_per_tensor, threshold.ties_kept_per_tensor, strict=True):
+        dtype = torch.int32 if tensor.numel() <= 2**31 else torch.int64
+        index = torch.empty(greater + ties, dtype=dtype, device=device)
+        indices.append(index)
+        outputs.append((ties, index.numel(), index.data_ptr()))
+    outputs_L3 = torch.tensor(outputs, dtype=torch.int64).to(device)
     table = score_table(scores)
-    quotas_L = torch.tensor(threshold.ties_kept_per_tensor, dtype=torch.int64).to(device)
     workspace = torch.empty(lib().ft_cuda_compact_workspace(table.n_tiles), dtype=torch.uint8, device=device)
-    counts_L = torch.empty(len(scores), dtype=torch.int64, device=device)
-    value, plan = threshold.value, workspace.data_ptr()
-    launch("ft_cuda_compact_count", table, value, quotas_L.data_ptr(), plan, counts_L.data_ptr())
-    indices = [
-        torch.empty(count, dtype=torch.int32 if tensor.numel() <= 2**31 else torch.int64, device=device)
-        for tensor, count in zip(scores, counts_L.tolist(), strict=True)
-    ]
-    addresses_L = torch.tensor([index.data_ptr() for index in indices], dtype=torch.int64).to(device)
-    launch("ft_cuda_compact_write", table, value, plan, addresses_L.data_ptr())
+    selected_L = torch.empty(len(scores), dtype=torch.int64, device=device)
+    arguments = outputs_L3.data_ptr(), workspace.data_ptr(), selected_L.data_ptr()
+    launch("ft_cuda_compact", table, threshold.value, *arguments)
+    threshold.require(selected_L.tolist())
     return indices

@@ -1,6 +1,8 @@
-"""Counts of order-preserving keys, and the keys inside a bracket, in CUDA C++: one read of the scores each."""
+"""Counts of order-preserving keys and the keys in a bracket, in CUDA C++: one read of the scores each. A sample."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 
@@ -12,6 +14,16 @@ def key_histogram(scores: list[torch.Tensor], shift: int, bits: int, prefix_mask
     table = score_table(scores)
     launch("ft_cuda_key_histogram", table, shift, bits, prefix_mask, prefix, counts.data_ptr())
     return counts
+
+
+def sample_scores(scores: list[torch.Tensor], stride: int) -> torch.Tensor:
+    device = scores[0].device
+    ends = list(itertools.accumulate(-(-tensor.numel() // stride) for tensor in scores))
+    firsts_L = torch.tensor([0, *ends[:-1]], dtype=torch.int64).to(device)
+    sample = torch.empty(ends[-1], dtype=torch.float32, device=device)
+    arguments = firsts_L.data_ptr(), stride, sample.data_ptr()
+    launch("ft_cuda_sample_scores", score_table(scores), *arguments, work=len(sample))
+    return sample
 
 
 def collect_bracket(

@@ -18,7 +18,7 @@ from emulated_library import CSRC, Emulated, compile_kernels, link
 import fishertune_kernels as fk
 from fishertune_kernels import cuda_common, dispatch, native
 from fishertune_kernels.compact import cuda as compact
-from fishertune_kernels.select_threshold import Threshold
+from fishertune_kernels.select_threshold import Threshold, search
 from fishertune_kernels.select_threshold import cuda as select_threshold
 
 TILE = 4096
@@ -81,6 +81,20 @@ def test_key_histogram_under_a_prefix(emulated: Emulated, dtype: torch.dtype) ->
     assert found[-1] == sum(int(tensor.isnan().sum()) for tensor in given)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 61, 4096, 100_000])
+def test_sample_takes_one_score_of_each_run(emulated: Emulated, stride: int) -> None:
+    emulated.schedule(stride, 4)
+    given = scores(6)
+    found, number = select_threshold.sample_scores(given, stride).numpy(), 0
+    for tensor in given:
+        for run in np.array_split(wide(tensor), range(stride, tensor.numel(), stride)) if tensor.numel() else []:
+            within = (number * 2654435769 % 2**32 * stride) >> 32
+            expected = run[within] if within < len(run) else np.float32(np.nan)
+            np.testing.assert_array_equal(found[number], expected)
+            number += 1
+    assert number == len(found)
+
+
 @pytest.mark.parametrize(("seed", "blocks"), [(0, 1), (1, 2), (2, 5), (3, 3)])
 @pytest.mark.parametrize(
     ("low", "high"),
@@ -118,6 +132,10 @@ def kept(tensor: torch.Tensor, value: float, quota: int) -> np.ndarray:
     return np.sort(np.concatenate((np.flatnonzero(values > np.float32(value)), ties)))
 
 
+def threshold_of(given: list[torch.Tensor], value: float, quotas: list[int]) -> Threshold:
+    return Threshold(value, tuple(int((wide(t) > np.float32(value)).sum()) for t in given), tuple(quotas))
+
+
 @pytest.mark.parametrize(("seed", "blocks"), [(0, 1), (1, 2), (2, 5), (3, 3), (4, 9)])
 @pytest.mark.parametrize("value", [0.25, -0.0, math.inf, -math.inf, 1e-45, 9.0, -9.0])
 def test_compact_keeps_what_is_above_and_the_first_ties(
@@ -126,9 +144,8 @@ def test_compact_keeps_what_is_above_and_the_first_ties(
     emulated.schedule(seed, blocks)
     given = scores(seed, shift=seed % 2)
     generator = np.random.default_rng(seed)
-    # None, some and all of the ties; more than there are is the same as all.
-    quotas = [int(generator.integers(0, 1 + 2 * (wide(tensor) == value).sum())) for tensor in given]
-    found = compact.compact(given, Threshold(value, 0, sum(quotas), tuple(quotas)))
+    quotas = [int(generator.integers(0, 1 + (wide(tensor) == np.float32(value)).sum())) for tensor in given]
+    found = compact.compact(given, threshold_of(given, value, quotas))
     for tensor, quota, index in zip(given, quotas, found, strict=True):
         assert index.dtype == torch.int32
         np.testing.assert_array_equal(index.numpy(), kept(tensor, value, quota))
@@ -139,8 +156,22 @@ def test_compact_keeps_what_is_above_and_the_first_ties(
 def test_compact_cuts_equal_scores_at_the_quota(emulated: Emulated, dtype: torch.dtype, quota: int) -> None:
     emulated.schedule(quota, 2)
     given = [torch.ones(3 * TILE - 5, dtype=dtype)]
-    [index] = compact.compact(given, Threshold(1.0, 0, quota, (quota,)))
-    np.testing.assert_array_equal(index.numpy(), np.arange(min(quota, given[0].numel())))
+    quota = min(quota, given[0].numel())
+    [index] = compact.compact(given, Threshold(1.0, (0,), (quota,)))
+    np.testing.assert_array_equal(index.numpy(), np.arange(quota))
+
+
+@pytest.mark.parametrize(
+    ("greater", "ties"), [((40, 3), (0, 2)), ((41, 2), (2, 2)), ((0, 0), (0, 0)), ((41, 3), (2, 3))]
+)
+def test_compact_never_writes_more_than_the_threshold_stands_for(
+    emulated: Emulated, greater: tuple[int, ...], ties: tuple[int, ...]
+) -> None:
+    """Scores that changed after their threshold was found: an error, and the fences unharmed."""
+    given = [torch.full((TILE + 9,), 0.0), torch.full((7,), 0.0, dtype=torch.float16)]
+    given[0][:41], given[0][50:52], given[1][:3], given[1][3:5] = 2.0, 1.0, 2.0, 1.0
+    with pytest.raises(ValueError, match="The threshold stands for"):
+        compact.compact(given, Threshold(1.0, greater, ties))
 
 
 def test_totals_run_on_past_one_step_of_the_scan(emulated: Emulated) -> None:
@@ -152,14 +183,15 @@ def test_totals_run_on_past_one_step_of_the_scan(emulated: Emulated) -> None:
     quota = 4090
     # The two kernels over all the tiles would take minutes here: their results are written down instead.
     table = cuda_common.score_table([values])
+    workspace = torch.zeros(native.lib().ft_cuda_compact_workspace(tiles), dtype=torch.uint8)
     plan = torch.zeros(tiles, 2, dtype=torch.int64)
     plan[::2, 0] = 1  # above
     plan[:, 1] = 1  # ties
-    workspace = torch.zeros(native.lib().ft_cuda_compact_workspace(tiles), dtype=torch.uint8)
-    counts, quotas = torch.zeros(1, dtype=torch.int64), torch.tensor([quota])
     workspace[: 16 * tiles] = plan.view(torch.uint8).flatten()
-    no_tiles = cuda_common.ScoreTable(table.rows_L4, 0)  # nothing for the first kernel; the second takes the sizes
-    cuda_common.launch("ft_cuda_compact_count", no_tiles, 1.0, *(t.data_ptr() for t in (quotas, workspace, counts)))
+    outputs, counts = torch.tensor([quota, 0, 0]), torch.zeros(1, dtype=torch.int64)
+    arguments = (tensor.data_ptr() for tensor in (outputs, workspace, counts))
+    # Nothing to do for the kernels over tiles; the one between them takes the sizes.
+    cuda_common.launch("ft_cuda_compact", table, 1.0, *arguments, work=0)
     number = torch.arange(tiles)
     found = workspace[: 16 * tiles].view(torch.int64).view(tiles, 2)
     assert torch.equal(found[:, 0], (number + 1) // 2 + number.clamp(max=quota))
@@ -173,6 +205,7 @@ def test_selection_from_end_to_end(emulated: Emulated, monkeypatch: pytest.Monke
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
     monkeypatch.setenv("FISHERTUNE_BACKEND", "select_threshold=cuda,compact=cuda")
+    monkeypatch.setattr(search, "SMALL", 1000)  # or so few scores are not sampled
     emulated.schedule(seed)
     given = scores(seed, nan=False)
     flat = np.concatenate([wide(tensor) for tensor in given])
@@ -189,7 +222,7 @@ def test_no_scores_in_any_tensor(emulated: Emulated) -> None:
     counts, candidates = select_threshold.collect_bracket(given, 0, 2**32 - 1, 0)
     assert not counts.any()
     assert len(candidates) == 0
-    assert [len(index) for index in compact.compact(given, Threshold(0.0, 0, 0, (0, 0)))] == [0, 0]
+    assert [len(index) for index in compact.compact(given, Threshold(0.0, (0, 0), (0, 0)))] == [0, 0]
 
 
 # What must not be read or computed: a process of its own, since a mistake here ends it --------------------------------
@@ -231,8 +264,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert select_threshold.key_histogram([scores], 21, 11, 0, 0).sum() == n
             counts, candidates = select_threshold.collect_bracket([scores], 0xC0000000, 0xC0000000, n)
             assert len(candidates) == twos, (n, dtype)
-            [index] = compact.compact([scores], Threshold(2.0, 0, 1, (1,)))
-            assert len(index) == int((scores > 2).sum()) + min(twos, 1)
+            threshold = Threshold(2.0, (int((scores > 2).sum()),), (min(twos, 1),))
+            [index] = compact.compact([scores], threshold)
+            assert (scores[index.long()] >= 2).all()
 """,
         libraries / "emulated.so",
     )
@@ -255,6 +289,11 @@ counts = torch.zeros(2049, dtype=torch.int64)
 cuda_common.launch("ft_cuda_key_histogram", table, 21, 11, 0, 0, counts.data_ptr())
 assert counts[0x80000000 >> 21] == len(tail) - 5 and counts[0xC0000000 >> 21] == 3 and counts.sum() == len(tail)
 
+drawn, firsts = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+cuda_common.launch("ft_cuda_sample_scores", cuda_common.ScoreTable(rows + torch.tensor([2 * start, -start, 0, 0]), 1),
+                   firsts.data_ptr(), 5, drawn.data_ptr(), work=1)
+assert drawn.tolist() == [0.0]
+
 counts, out = torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
 cuda_common.launch("ft_cuda_collect_bracket", table, 0xBF800000, 0xBF800000, counts.data_ptr(), out.data_ptr(), 2,
                    counts[3:].data_ptr())
@@ -262,12 +301,10 @@ assert counts.tolist() == [3, 2, 0, 2] and out.tolist() == [0xBF800000] * 2
 
 # The running totals do begin at the tensor's first tile: its plan lies before the workspace, and says that it is empty.
 memory = np.zeros(16 * F + native.lib().ft_cuda_compact_workspace(3), np.uint8)
-workspace, quota, count = memory.ctypes.data + 16 * F, torch.tensor([1]), torch.zeros(1, dtype=torch.int64)
-cuda_common.launch("ft_cuda_compact_count", table, 1.0, quota.data_ptr(), workspace, count.data_ptr())
+workspace, count, index = memory.ctypes.data + 16 * F, torch.zeros(1, dtype=torch.int64), torch.full((6,), -7)
+outputs = torch.tensor([1, 4, index[1:].data_ptr()])
+cuda_common.launch("ft_cuda_compact", table, 1.0, outputs.data_ptr(), workspace, count.data_ptr())
 assert count.tolist() == [4]
-index = torch.full((6,), -7)
-addresses = torch.tensor([index[1:].data_ptr()])
-cuda_common.launch("ft_cuda_compact_write", table, 1.0, workspace, addresses.data_ptr())
 assert index.tolist() == [-7, start + 3, start + 5, start + TILE + 9, start + 2 * TILE + 99, -7], index
 """,
         libraries / "emulated.so",
@@ -301,7 +338,7 @@ def test_the_emulator_sees_every_barrier_that_is_missing(
 from fishertune_kernels.compact import reference as compact_reference
 from fishertune_kernels.select_threshold import reference
 scores = [(torch.arange(n) * 7919 % 13).float() for n in (3 * 4096 + 5, 20, 4096 * 2)]
-threshold = Threshold(9.0, 0, 0, (300, 1, 0))
+threshold = Threshold(9.0, tuple(int((s > 9).sum()) for s in scores), (300, 1, 0))
 expected = compact_reference.compact(scores, threshold)
 expected_counts = reference.key_histogram(scores, 21, 11, 0, 0)
 for seed in range(10):
@@ -333,14 +370,16 @@ def test_the_device_is_set_for_the_call_and_restored(emulated: Emulated, monkeyp
 def test_bad_arguments_are_named(emulated: Emulated) -> None:
     table = cuda_common.score_table([torch.ones(9)])
     with pytest.raises(ValueError, match="the threshold is NaN"):
-        compact.compact([torch.ones(9)], Threshold(math.nan, 0, 0, (0,)))
+        compact.compact([torch.ones(9)], Threshold(math.nan, (0,), (0,)))
     with pytest.raises(ValueError, match="bits 17; expected"):
         select_threshold.key_histogram([torch.ones(9)], 0, 17, 0, 0)
     with pytest.raises(ValueError, match="capacity is -1"):
         cuda_common.launch("ft_cuda_collect_bracket", table, 0, 1, 1, 1, -1, 1)
+    with pytest.raises(ValueError, match="stride is 0; expected 1 to"):
+        cuda_common.launch("ft_cuda_sample_scores", table, 1, 0, 1)
     with pytest.raises(ValueError, match="histogram is NULL"):
         cuda_common.launch("ft_cuda_key_histogram", table, 0, 8, 0, 0, None)
-    with pytest.raises(ValueError, match="n_tiles is -3"):
+    with pytest.raises(ValueError, match="the work is -3"):
         cuda_common.launch("ft_cuda_key_histogram", table._replace(n_tiles=-3), 0, 8, 0, 0, 1)
     for row, message in (
         ((16, -1, 0), "row 0: numel is -1"),
@@ -375,3 +414,29 @@ def test_a_library_without_cuda_has_every_function_and_says_why(
     for name, arguments in native._CUDA_ARGUMENTS.items():
         given = [null if argument is ctypes.c_void_p else 0 for argument in arguments]
         assert getattr(native.lib(), name)(null, 0, 0, *given, 0, null) == 3
+
+
+@pytest.mark.parametrize(
+    ("version", "explanation"),
+    [(native.ABI_VERSION - 1, "has interface version 1, this package needs 2"), (native.ABI_VERSION, "is older than")],
+)
+def test_an_old_library_is_explained_at_first_use(
+    use_library: Callable[[Path], None],
+    libraries: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: int,
+    explanation: str,
+) -> None:
+    """Another interface version, or the same one from before a function was added to it."""
+    source, old = tmp_path / "old.cpp", tmp_path / "old.so"
+    source.write_text(f'extern "C" int ft_abi_version() {{ return {version}; }}\n')
+    link(old, source)
+    use_library(old)
+    for reason in (native.why_not(), native.cuda_why_not()):
+        assert explanation in str(reason)
+        assert "rebuild it with `python setup.py build_native`" in str(reason)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setenv("FISHERTUNE_BACKEND", "compact=cuda")
+    with pytest.raises(RuntimeError, match=f"cannot run compact on cuda tensors: .*{explanation}"):
+        dispatch.implementation("compact", torch.device("cuda"), {torch.float32})
