@@ -120,8 +120,12 @@ SQUARES = triton("squared_grad_accumulate")
 SQUARES_RED = interpreted("elementwise", "test_squared_grad_accumulate")
 PER_SAMPLE = triton("per_sample_squared_grad")
 PER_SAMPLE_RED = interpreted("per_sample", "test_per_sample_squared_grad")
+PER_SAMPLE_VARIANTS = interpreted("per_sample", "test_every_variant_and_split")
+AFFINE = triton("per_sample_affine_squared_grad")
+AFFINE_RED = interpreted("per_sample_affine", "test_per_sample_affine")
 PERTURB = triton("gaussian_perturb")
 PERTURB_RED = interpreted("elementwise", "test_gaussian_perturb")
+OUTSIDE_RED = interpreted("elementwise", "test_nothing_outside_a_perturbed_tensor_is_written")
 PRECISION = triton("precision_update")
 NATURAL_RED = interpreted("elementwise", "test_precision_update_natural")
 SGVB_RED = interpreted("elementwise", "test_precision_update_sgvb")
@@ -129,10 +133,14 @@ SCORE = triton("dr_fim_score")
 SCORE_RED = interpreted("elementwise", "test_dr_fim_score")
 HISTOGRAM = triton("select_threshold")
 HISTOGRAM_RED = interpreted("selection", "test_key_histogram")
+BRACKET_RED = interpreted("selection", "test_collect_bracket")
 COMPACT = triton("compact")
 COMPACT_RED = interpreted("selection", "test_threshold_and_compaction")
 ADAMW = triton("sparse_adamw")
 ADAMW_RED = interpreted("selection", "test_sparse_adamw")
+STOCHASTIC_RED = interpreted("step", "test_stochastic_rounding_has_the_references_bits")
+NORM = triton("selected_grad_norm")
+NORM_RED = interpreted("step", "test_selected_grad_norm")
 VALUES = triton("values")
 VALUES_RED = interpreted("selection", "test_gather_and_scatter_move_bits")
 NUMBERS_RED = interpreted("elementwise", "test_rounding_expm1_and_keys")
@@ -171,76 +179,163 @@ TRITON = (
     ),
     # per_sample_squared_grad
     Mutation(
-        "per_sample_squared_grad/triton/token-tail", PER_SAMPLE,
-        "inside_t = start + t < T", "inside_t = start + t <= T",
-        "the last tile of tokens reads the next sample's first", PER_SAMPLE_RED,
-    ),
-    Mutation(
-        "per_sample_squared_grad/triton/column-tail", PER_SAMPLE,
-        "inside_i = i < I", "inside_i = i <= I", "adds one column too many", PER_SAMPLE_RED,
-    ),
-    Mutation(
-        "per_sample_squared_grad/triton/half-accumulator", PER_SAMPLE,
-        "grad, input_precision=PRECISION)", "grad, input_precision=PRECISION).to(tl.float16).to(tl.float32)",
-        "accumulates the product in fp16", PER_SAMPLE_RED,
-    ),
-    Mutation(
-        "per_sample_squared_grad/triton/half-squares", PER_SAMPLE,
-        "squares += grad * grad", "squares = (squares + grad * grad).to(tl.bfloat16).to(tl.float32)",
-        "accumulates squares in bf16", PER_SAMPLE_RED,
-    ),
-    Mutation(
-        "per_sample_squared_grad/triton/last-sample", PER_SAMPLE,
-        "squares += grad * grad", "squares = grad * grad", "keeps the last sample only", PER_SAMPLE_RED,
-    ),
-    Mutation(
-        "per_sample_squared_grad/triton/batch-square", PER_SAMPLE,
-        """    for n in range(N):
-        first_token = tl.cast(T, tl.int64) * n
-        grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-""",
-        """    grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for n in range(N):
-        first_token = tl.cast(T, tl.int64) * n
-""",
-        "does not start a sample's gradient at zero", PER_SAMPLE_RED,
-    ),
-    Mutation(
         "per_sample_squared_grad/triton/tile-order", PER_SAMPLE,
         "rows = tl.minimum(tiles_o - first_o, GROUP)", "rows = GROUP",
         "a group with fewer rows visits the wrong tiles", PER_SAMPLE_RED,
     ),
     Mutation(
+        "per_sample_squared_grad/triton/token-tail", PER_SAMPLE,
+        "inside_t = start + tl.arange(0, BLOCK_T) < T",
+        "inside_t = start + tl.arange(0, BLOCK_T) <= T",
+        "the last block of tokens reads the next sample's first",
+        PER_SAMPLE_RED,
+    ),
+    Mutation(
+        "per_sample_squared_grad/triton/row-stride", PER_SAMPLE,
+        "tile = result + slab + o[:, None] * I + i",
+        "tile = result + slab + o[:, None] * (I - 1) + i",
+        "rows of the result lie one element too close",
+        PER_SAMPLE_RED,
+    ),
+    Mutation(
+        "per_sample_squared_grad/triton/half-accumulator", PER_SAMPLE,
+        "grad, input_precision=PRECISION)\n            squares",
+        "grad, input_precision=PRECISION).to(tl.float16).to(tl.float32)\n            squares",
+        "accumulates the product in fp16",
+        PER_SAMPLE_VARIANTS,
+    ),
+    Mutation(
+        "per_sample_squared_grad/triton/half-accumulator-flat", PER_SAMPLE,
+        "grad, input_precision=PRECISION)\n            if start",
+        "grad, input_precision=PRECISION).to(tl.float16).to(tl.float32)\n            if start",
+        "flat loop: accumulates the product in fp16",
+        PER_SAMPLE_VARIANTS,
+    ),
+    Mutation(
+        "per_sample_squared_grad/triton/half-squares", PER_SAMPLE,
+        "            squares += grad * grad\n    # From",
+        "            squares = (squares + grad * grad).to(tl.bfloat16).to(tl.float32)\n    # From",
+        "accumulates squares in bf16",
+        PER_SAMPLE_VARIANTS,
+    ),
+    Mutation(
+        "per_sample_squared_grad/triton/last-sample", PER_SAMPLE,
+        "            squares += grad * grad\n    # From",
+        "            squares = grad * grad\n    # From",
+        "keeps the last sample only",
+        PER_SAMPLE_VARIANTS,
+    ),
+    Mutation(
+        "per_sample_squared_grad/triton/batch-square", PER_SAMPLE,
+        "        for n in range(first, last):\n            grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)\n",
+        "        grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)\n        for n in range(first, last):\n",
+        "does not start a sample's gradient at zero",
+        PER_SAMPLE_VARIANTS,
+    ),
+    Mutation(
+        "per_sample_squared_grad/triton/batch-square-flat", PER_SAMPLE,
+        "                squares += grad * grad\n                grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)\n",
+        "                squares += grad * grad\n",
+        "flat loop: does not start a sample's gradient at zero",
+        PER_SAMPLE_VARIANTS,
+    ),
+    Mutation(
+        "per_sample_squared_grad/triton/split-overlap", PER_SAMPLE,
+        "last = tl.minimum(first + split_samples, N)",
+        "last = tl.minimum(first + split_samples + 1, N)",
+        "a split adds the next one's first sample",
+        PER_SAMPLE_VARIANTS,
+    ),
+    Mutation(
+        "per_sample_squared_grad/triton/second-stage", PER_SAMPLE,
+        "for split in range(1, splits):",
+        "for split in range(1, splits - 1):",
+        "second stage leaves out the last split",
+        PER_SAMPLE_VARIANTS,
+    ),
+    Mutation(
+        "per_sample_squared_grad/triton/second-stage-tail", PER_SAMPLE,
+        "mask = at < size if MASKED",
+        "mask = at <= size if MASKED",
+        "second stage writes one element too many",
+        PER_SAMPLE_VARIANTS,
+    ),
+    Mutation(
+        "per_sample_squared_grad/triton/head", PER_SAMPLE,
+        "tl.cast(head, tl.int64) * dy_head + t",
+        "t",
+        "every head reads the first one's gradient",
+        interpreted("per_sample", "test_heads_and_slices_are_read_where_they_lie"),
+    ),
+    Mutation(
         "per_sample_squared_grad/triton/offset-i32", PER_SAMPLE,
-        "x + token[:, None] * I + i[None, :]", "x + (token[:, None] * I + i[None, :]).to(tl.int32)",
-        "32-bit offsets into x", COMPILED,
+        "block = tl.load(at + offset,",
+        "block = tl.load(at + offset.to(tl.int32),",
+        "32-bit offsets into x and dY",
+        COMPILED,
+    ),
+    # per_sample_affine_squared_grad
+    Mutation(
+        "per_sample_affine_squared_grad/triton/token-tail", AFFINE,
+        "inside_t = start + t < end",
+        "inside_t = start + t <= end",
+        "the last block of a split reads the next split's first token",
+        AFFINE_RED,
     ),
     Mutation(
-        "per_sample_squared_grad/triton/bias-token-tail", PER_SAMPLE,
-        "inside = (start + t < T)[:, None]", "inside = (start + t <= T)[:, None]",
-        "token sum: the last tile reads the next sample's first token", PER_SAMPLE_RED,
+        "per_sample_affine_squared_grad/triton/channel-tail", AFFINE,
+        "inside = c < C\n",
+        "inside = c <= C\n",
+        "the second stage writes one channel too many",
+        AFFINE_RED,
     ),
     Mutation(
-        "per_sample_squared_grad/triton/bias-half-sum", PER_SAMPLE,
-        "tl.sum(total, axis=0), mask", "tl.sum(total.to(tl.float16), axis=0).to(tl.float32), mask",
-        "token sum in fp16", PER_SAMPLE_RED,
+        "per_sample_affine_squared_grad/triton/half-sum", AFFINE,
+        "products += dy_TC * x_TC",
+        "products = (products + dy_TC * x_TC).to(tl.float16).to(tl.float32)",
+        "sums products in fp16",
+        AFFINE_RED,
     ),
     Mutation(
-        "per_sample_squared_grad/triton/bias-second-stage", PER_SAMPLE,
-        "sums_NO.square_().sum(dim=0)", "sums_NO.sum(dim=0).square_()",
-        "second stage of the bias squares the batch's sum", PER_SAMPLE_RED,
+        "per_sample_affine_squared_grad/triton/last-split", AFFINE,
+        "grad += tl.load(sums + row + c",
+        "grad = tl.load(sums + row + c",
+        "second stage keeps the last split only",
+        AFFINE_RED,
     ),
     Mutation(
-        "per_sample_squared_grad/triton/bias-offset-i32", PER_SAMPLE,
-        "dy + token[:, None] * O + o[None, :], mask=inside, other=0.0)",
-        "dy + (token[:, None] * O + o[None, :]).to(tl.int32), mask=inside, other=0.0)",
-        "token sum: 32-bit offsets", COMPILED,
+        "per_sample_affine_squared_grad/triton/batch-square", AFFINE,
+        "    for n in range(N):\n        grad = tl.zeros((BLOCK_C,), tl.float32)\n",
+        "    grad = tl.zeros((BLOCK_C,), tl.float32)\n    for n in range(N):\n",
+        "does not start a sample's gradient at zero",
+        AFFINE_RED,
+    ),
+    Mutation(
+        "per_sample_affine_squared_grad/triton/rstd", AFFINE,
+        "(x_TC - mean_T[:, None]) * rstd_T[:, None]",
+        "x_TC - mean_T[:, None] + 0 * rstd_T[:, None]",
+        "does not normalise",
+        AFFINE_RED,
+    ),
+    Mutation(
+        "per_sample_affine_squared_grad/triton/weight", AFFINE,
+        "old + tl.cast(weight, tl.float32) * squares",
+        "old + squares",
+        "ignores the weight",
+        AFFINE_RED,
+    ),
+    Mutation(
+        "per_sample_affine_squared_grad/triton/offset-i32", AFFINE,
+        "dy_TC = tl.load(dy + at,",
+        "dy_TC = tl.load(dy + at.to(tl.int32),",
+        "32-bit offsets",
+        COMPILED,
     ),
     # gaussian_perturb
     Mutation(
         "gaussian_perturb/triton/tail", PERTURB,
         "(offsets >= 0) & (offsets < size)", "(offsets >= 0) & (offsets <= size)",
-        "tail mask one element too long", PERTURB_RED,
+        "tail mask one element too long", OUTSIDE_RED,
     ),
     Mutation(
         "gaussian_perturb/triton/head", PERTURB,
@@ -327,7 +422,7 @@ TRITON = (
     Mutation(
         "precision_update_sgvb/triton/one-minus-beta", PRECISION,
         "            1.0 - beta2,\n", "            torch.tensor(1.0 - torch.tensor(beta2)).item(),\n",
-        "1 − β in single precision", SGVB_RED,
+        "1 − β in single precision", interpreted("elementwise", "test_precision_moments_of_the_prior_term_are_exact"),
     ),
     Mutation(
         "precision_update_sgvb/triton/floor", PRECISION,
@@ -358,7 +453,10 @@ TRITON = (
     ),
     Mutation(
         "dr_fim_score/triton/mean", SCORE,
-        "            1.0 / count,", "            0.9 / count,", "wrong share in the running mean", SCORE_RED,
+        "float(damping), 1.0 / count]",
+        "float(damping), 0.9 / count]",
+        "wrong share in the running mean",
+        SCORE_RED,
     ),
     Mutation(
         "dr_fim_score/triton/half", SCORE,
@@ -373,7 +471,17 @@ TRITON = (
     # key_histogram
     Mutation(
         "key_histogram/triton/tail", HISTOGRAM,
-        "inside = offsets < size", "inside = offsets <= size", "counts one element too many", HISTOGRAM_RED,
+        "        inside = offsets < size\n        if",
+        "        inside = offsets <= size\n        if",
+        "counts one element too many",
+        HISTOGRAM_RED,
+    ),
+    Mutation(
+        "key_histogram/triton/offset-i32", HISTOGRAM,
+        "        offsets = chunk_offsets(chunk * BLOCK, BLOCK)\n",
+        "        offsets = chunk_offsets(chunk * BLOCK, BLOCK).to(tl.int32)\n",
+        "32-bit offsets",
+        COMPILED,
     ),
     Mutation(
         "key_histogram/triton/stride", HISTOGRAM,
@@ -404,11 +512,6 @@ TRITON = (
         "(BINS - 1)).to(tl.int32)", "(BINS // 2 - 1)).to(tl.int32)", "drops the digit's top bit", HISTOGRAM_RED,
     ),
     Mutation(
-        "key_histogram/triton/offset-i32", HISTOGRAM,
-        "offsets = chunk_offsets(chunk * BLOCK, BLOCK)", "offsets = chunk_offsets(chunk * BLOCK, BLOCK).to(tl.int32)",
-        "32-bit offsets", COMPILED,
-    ),
-    Mutation(
         "key_histogram/triton/minus-zero", COMMON,
         "word = tl.where(word == 0x80000000, 0, word)\n", "", "−0 ranks below +0", NUMBERS_RED, COMPACT_RED,
     ),
@@ -416,6 +519,91 @@ TRITON = (
         "key_histogram/triton/negative", COMMON,
         "word ^ 0xFFFFFFFF, word | 0x80000000)", "word & 0x7FFFFFFF, word | 0x80000000)",
         "negative scores rank by size", NUMBERS_RED,
+    ),
+    # collect_bracket, sample_scores
+    Mutation(
+        "collect_bracket/triton/tail", HISTOGRAM,
+        "\n    inside = offsets < size\n",
+        "\n    inside = offsets <= size\n",
+        "counts one element too many",
+        BRACKET_RED,
+    ),
+    Mutation(
+        "collect_bracket/triton/nan", HISTOGRAM,
+        "ranked = inside & ~nan",
+        "ranked = inside",
+        "NaN is ranked",
+        BRACKET_RED,
+    ),
+    Mutation(
+        "collect_bracket/triton/high", HISTOGRAM,
+        "(key > tl.cast(high, tl.uint32))",
+        "(key >= tl.cast(high, tl.uint32))",
+        "the upper end of the bracket is outside",
+        BRACKET_RED,
+    ),
+    Mutation(
+        "collect_bracket/triton/low", HISTOGRAM,
+        "(key >= tl.cast(low, tl.uint32))",
+        "(key > tl.cast(low, tl.uint32))",
+        "the lower end of the bracket is outside",
+        BRACKET_RED,
+    ),
+    Mutation(
+        "collect_bracket/triton/position", HISTOGRAM,
+        "position = first + tl.cumsum(between.to(tl.int32), axis=0).to(tl.int64) - 1",
+        "position = first + tl.cumsum(between.to(tl.int32), axis=0).to(tl.int64)",
+        "candidates begin one place too late",
+        BRACKET_RED,
+    ),
+    Mutation(
+        "collect_bracket/triton/reserve", HISTOGRAM,
+        "tl.atomic_add(cursor, found.to(tl.int64), sem=\"relaxed\")",
+        "tl.load(cursor)",
+        "chunks do not reserve room for their candidates",
+        BRACKET_RED,
+    ),
+    Mutation(
+        "collect_bracket/triton/number", HISTOGRAM,
+        "(number << 32) | key.to(tl.int64)",
+        "key.to(tl.int64) + 0 * number",
+        "candidates forget their tensor",
+        BRACKET_RED,
+    ),
+    Mutation(
+        "collect_bracket/triton/second-stage", HISTOGRAM,
+        "totals[:, 1:] = self._counts.cumsum(dim=1)",
+        "totals[:, 1:] = self._counts",
+        "second stage without its scan",
+        BRACKET_RED,
+    ),
+    Mutation(
+        "collect_bracket/triton/offset-i32", HISTOGRAM,
+        "\n    offsets = chunk_offsets(chunk * BLOCK, BLOCK)\n",
+        "\n    offsets = chunk_offsets(chunk * BLOCK, BLOCK).to(tl.int32)\n",
+        "32-bit offsets",
+        COMPILED,
+    ),
+    Mutation(
+        "sample_scores/triton/place", HISTOGRAM,
+        "place = within * stride + ((turn * stride) >> 32)",
+        "place = within * stride + ((turn * stride) >> 33)",
+        "the second half of every run is never drawn",
+        interpreted("selection", "test_sample"),
+    ),
+    Mutation(
+        "sample_scores/triton/short-run", HISTOGRAM,
+        "inside & (place < size)",
+        "inside & (place <= size)",
+        "draws behind the tensor",
+        interpreted("selection", "test_sample"),
+    ),
+    Mutation(
+        "dr_fim_threshold/triton/tail", SCORE,
+        "inside = chunk_offsets(start, BLOCK) < size",
+        "inside = chunk_offsets(start, BLOCK) <= size",
+        "counts one element too many",
+        interpreted("selection", "test_scores_and_their_bracket_in_one_pass"),
     ),
     # compact
     Mutation(
@@ -481,10 +669,6 @@ TRITON = (
         "a score equal to the threshold does not move", ADAMW_RED,
     ),
     Mutation(
-        "sparse_adamw/triton/grad-scale", ADAMW,
-        ".to(tl.float32) * tl.cast(grad_scale, tl.float32)", ".to(tl.float32)", "ignores grad_scale", ADAMW_RED,
-    ),
-    Mutation(
         "sparse_adamw/triton/eps", ADAMW,
         "tl.div_rn(tl.sqrt_rn(square), tl.cast(correction2_sqrt, tl.float32)) + tl.cast(eps, tl.float32)",
         "tl.div_rn(tl.sqrt_rn(square + tl.cast(eps, tl.float32)), tl.cast(correction2_sqrt, tl.float32))",
@@ -529,6 +713,98 @@ TRITON = (
         "other=0 if MASKED else None).to(tl.int64)", "other=0 if MASKED else None).to(tl.int32)",
         "32-bit offsets into the parameter", COMPILED,
     ),
+    Mutation(
+        "sparse_adamw/triton/grad-scale", ADAMW,
+        ".to(tl.float32) * gain",
+        ".to(tl.float32)",
+        "ignores grad_scale",
+        ADAMW_RED,
+    ),
+    Mutation(
+        "sparse_adamw/triton/scale-on-device", ADAMW,
+        "gain = tl.load(grad_scale_address)",
+        "gain = gain",
+        "ignores the scale on the device",
+        interpreted("step", "test_compact_gradients_and_a_scale_on_the_device_step_alike"),
+    ),
+    Mutation(
+        "sparse_adamw/triton/compact-grads", ADAMW,
+        "where = offsets if COMPACT else index",
+        "where = index",
+        "reads compact gradients by index",
+        interpreted("step", "test_compact_gradients_and_a_scale_on_the_device_step_alike"),
+    ),
+    Mutation(
+        "sparse_adamw/triton/stochastic-offset", ADAMW,
+        "rounding_bits(offset + index,",
+        "rounding_bits(index,",
+        "rounding bits of the local index",
+        STOCHASTIC_RED,
+    ),
+    Mutation(
+        "rounding/triton/stochastic-bits", COMMON,
+        "moved = (word + random) >> 16",
+        "moved = (word + 0x8000) >> 16",
+        "rounds to nearest instead of at random",
+        STOCHASTIC_RED,
+    ),
+    Mutation(
+        "rounding/triton/stochastic-lane", COMMON,
+        "even = tl.where((element & 2) != 0, word2, word0)",
+        "even = word0",
+        "two lanes of Philox round four elements",
+        STOCHASTIC_RED,
+    ),
+    Mutation(
+        "rounding/triton/stochastic-stream", COMMON,
+        "(element >> 34).to(tl.uint32) | 0x80000000",
+        "(element >> 34).to(tl.uint32)",
+        "rounding bits are those of the normals",
+        STOCHASTIC_RED,
+    ),
+    # selected_grad_norm
+    Mutation(
+        "selected_grad_norm/triton/tail", NORM,
+        "offsets < size if MASKED",
+        "offsets <= size if MASKED",
+        "counts one element too many",
+        NORM_RED,
+    ),
+    Mutation(
+        "selected_grad_norm/triton/index", NORM,
+        "tl.load(grad + index, mask=mask, other",
+        "tl.load(grad + index + 1, mask=mask, other",
+        "reads the neighbour",
+        NORM_RED,
+    ),
+    Mutation(
+        "selected_grad_norm/triton/overflow", NORM,
+        "scaled = g * ((253 - exponent) << 23).to(tl.float32, bitcast=True)",
+        "scaled = g * ((253 - exponent + exponent - 126) << 23).to(tl.float32, bitcast=True)",
+        "squares are not scaled",
+        interpreted("step", "test_the_norm_neither_overflows_nor_vanishes"),
+    ),
+    Mutation(
+        "selected_grad_norm/triton/last-chunk", NORM,
+        "total += tl.load(partials + at, mask=mask, other=0.0) * factor",
+        "total = tl.load(partials + at, mask=mask, other=0.0) * factor",
+        "second stage keeps its last block only",
+        interpreted("step", "test_the_norm_of_many_chunks"),
+    ),
+    Mutation(
+        "selected_grad_norm/triton/exponent", NORM,
+        "factor = (tl.maximum(127 + 2 * below, 0) << 23)",
+        "factor = (tl.maximum(127 + below, 0) << 23)",
+        "second stage scales sums of squares as if they were sums",
+        NORM_RED,
+    ),
+    Mutation(
+        "selected_grad_norm/triton/offset-i32", NORM,
+        "other=0 if MASKED else None).to(tl.int64)",
+        "other=0 if MASKED else None).to(tl.int32)",
+        "32-bit offsets",
+        COMPILED,
+    ),
     # gather_values, scatter_values_
     Mutation(
         "values/triton/tail", VALUES,
@@ -567,7 +843,8 @@ TRITON = (
     ),
     Mutation(
         "lists/triton/alignment", COMMON,
-        "address % 16 == 0 for address", "address % 2 == 0 for address",
+        "(table[n_scattered:] & 15).any()",
+        "(table[n_scattered:] & 1).any()",
         "claims an alignment that the tensors lack",
         interpreted("elementwise", "test_alignment_is_claimed_where_it_holds"),
     ),
@@ -606,11 +883,17 @@ TRITON = (
     ),
     Mutation(
         "philox/triton/seed", COMMON,
-        "(tl.cast(seed_high, tl.int64) << 32) | ", "", "half of the seed is not used", NOISE_RED,
+        "(tl.cast(seed_high, tl.int64) << 32) | (tl.cast(seed_low, tl.int64) & 0xFFFFFFFF)\n    blocks",
+        "tl.cast(seed_low, tl.int64) & 0xFFFFFFFF\n    blocks",
+        "half of the seed is not used",
+        NOISE_RED,
     ),
     Mutation(
         "philox/triton/step", COMMON,
-        "zero + tl.cast(step_high, tl.uint32)", "zero", "half of the step is not used", NOISE_RED,
+        "zero + tl.cast(step_high, tl.uint32)\n    )\n    normal0",
+        "zero\n    )\n    normal0",
+        "half of the step is not used",
+        NOISE_RED,
     ),
     Mutation(
         "philox/triton/quadrant", COMMON,
@@ -618,6 +901,11 @@ TRITON = (
         "along = tl.where((quarter & 2) != 0, -along, along)", "a quarter of the cosines has the wrong sign", NOISE_RED,
     ),
 )  # fmt: skip
+
+NORMAL_ROUNDS = """k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t"""
+ROUNDING_ROUNDS = NORMAL_ROUNDS.replace("uint64_t", "Wide")
 
 CPP = (
     # squared_grad_accumulate, per_sample_squared_grad
@@ -662,8 +950,46 @@ CPP = (
     ),
     Mutation(
         "per_sample_squared_grad/cpp/bias", f"{PACKAGE}/per_sample_squared_grad/native.py",
-        "grads_NO.square_().sum(dim=0)", "grads_NO.sum(dim=0).square_()",
-        "squares the batch's bias gradient", native("test_per_sample_squares"),
+        "dy_NHTO[:, head], weight)",
+        "dy_NHTO[:, head], 1.0)",
+        "the bias ignores the weight",
+        native("test_per_sample_squares"),
+    ),
+    # per_sample_affine_squared_grad
+    Mutation(
+        "per_sample_affine_squared_grad/cpp/token-tail", "csrc/cpu/affine.inl",
+        "row.tokens - begin < kTokens ? row.tokens : begin + kTokens",
+        "row.tokens - begin < kTokens ? row.tokens - 1 : begin + kTokens",
+        "leaves out the last token",
+        native("test_per_sample_affine_squares"),
+    ),
+    Mutation(
+        "per_sample_affine_squared_grad/cpp/batch-square", "csrc/cpu/affine.inl",
+        "    total[c] += sums[c] * sums[c];\n    sums[c] = 0.0f;",
+        "    total[c] += sums[c] * sums[c];",
+        "does not start a sample's gradient at zero",
+        native("test_per_sample_affine_squares"),
+    ),
+    Mutation(
+        "per_sample_affine_squared_grad/cpp/rstd", "csrc/cpu/affine.inl",
+        "((widen(x[c]) - mean) * rstd)",
+        "(widen(x[c]) - mean + 0 * rstd)",
+        "does not normalise",
+        native("test_per_sample_affine_squares"),
+    ),
+    Mutation(
+        "per_sample_affine_squared_grad/cpp/half-sum", "csrc/cpu/affine.inl",
+        "total[c] += part[c];",
+        "bf16 half; narrow(total[c] + part[c], &half); total[c] = widen(half);",
+        "sums tokens in bf16",
+        native("test_per_sample_affine_squares"),
+    ),
+    Mutation(
+        "per_sample_affine_squared_grad/cpp/channels", "csrc/cpu/affine.inl",
+        "at = token * row.channels + first;",
+        "at = token * row.channels;",
+        "every range of channels reads the first one",
+        native("test_per_sample_affine_squares"),
     ),
     # gaussian_perturb and its numbers
     Mutation(
@@ -713,17 +1039,50 @@ CPP = (
     ),
     Mutation(
         "philox/cpp/seed", PHILOX,
-        "k1 = static_cast<uint32_t>(seed >> 32)", "k1 = 0u",
-        "half of the seed is not used", native("test_perturbation_is_the_prescribed_draw"),
+        NORMAL_ROUNDS,
+        NORMAL_ROUNDS.replace("static_cast<uint32_t>(seed >> 32)", "0u"),
+        "half of the seed is not used",
+        native("test_perturbation_is_the_prescribed_draw"),
+    ),
+    Mutation(
+        "philox/cpp/rounds", PHILOX,
+        NORMAL_ROUNDS,
+        NORMAL_ROUNDS.replace("10", "9"),
+        "nine rounds",
+        native("test_perturbation_is_the_prescribed_draw"),
+    ),
+    Mutation(
+        "rounding/cpp/stochastic-rounds", PHILOX,
+        ROUNDING_ROUNDS,
+        ROUNDING_ROUNDS.replace("10", "9"),
+        "rounding bits of nine rounds",
+        reference("test_stochastic_rounding_is_the_prescribed_carry"),
+    ),
+    Mutation(
+        "rounding/cpp/stochastic-stream", PHILOX,
+        "c1 = (g >> 34) | 0x80000000u",
+        "c1 = g >> 34",
+        "rounding bits are those of the normals",
+        reference("test_stochastic_rounding_is_the_prescribed_carry"),
+    ),
+    Mutation(
+        "rounding/cpp/stochastic-lane", PHILOX,
+        "even = (g & 2) != 0 ? c2 : c0",
+        "even = c0",
+        "two lanes of Philox round four elements",
+        reference("test_stochastic_rounding_is_the_prescribed_carry"),
+    ),
+    Mutation(
+        "rounding/cpp/stochastic-bits", STEP,
+        "narrow_stochastic(p[j], random[j], rounded + j)",
+        "narrow_stochastic(p[j], 0x8000u, rounded + j)",
+        "rounds to nearest instead of at random",
+        reference("test_stochastic_rounding_is_the_prescribed_carry"),
     ),
     Mutation(
         "philox/cpp/step", PHILOX,
         "c3 = static_cast<uint32_t>(step >> 32)", "c3 = 0u",
         "half of the step is not used", native("test_perturbation_is_the_prescribed_draw"),
-    ),
-    Mutation(
-        "philox/cpp/rounds", PHILOX,
-        "round < 10", "round < 9", "nine rounds", native("test_perturbation_is_the_prescribed_draw"),
     ),
     Mutation(
         "philox/cpp/logarithm", NUMERIC,
@@ -921,43 +1280,123 @@ CPP = (
     # compact
     Mutation(
         "compact/cpp/greater", SELECTION,
-        "static_cast<uint64_t>(x[i + j] >= value) << j", "static_cast<uint64_t>(x[i + j] > value) << j",
-        "the tail drops ties", native("test_threshold_and_compaction_are_exact"),
-    ),
-    Mutation(
-        "compact/cpp/greater-avx512", SELECTION,
-        "_mm512_cmp_ps_mask(s, v, _CMP_GE_OQ)", "_mm512_cmp_ps_mask(s, v, _CMP_GT_OQ)",
-        "AVX-512 code drops ties", native("test_threshold_and_compaction_are_exact"),
-    ),
-    Mutation(
-        "compact/cpp/nan-avx2", SELECTION,
-        "_mm256_cmp_ps(s, v, _CMP_GE_OQ)", "_mm256_cmp_ps(s, v, _CMP_NLT_UQ)",
-        "AVX2 code selects NaN", native("test_compaction_leaves_out_nan_and_what_is_beyond_the_quota"),
-    ),
-    Mutation(
-        "compact/cpp/quota", SELECTION,
-        "--ties < 0", "--ties <= 0", "keeps one tie too few", native("test_threshold_and_compaction_are_exact"),
-    ),
-    Mutation(
-        "compact/cpp/tie-order", API,
-        "p[2] = std::min(ties, p[1]);", "p[2] = std::min(ties, p[1]); ties = ties - p[2] > 0 ? ties : p[2];",
-        "every chunk has the tensor's whole quota of ties", native("test_threshold_and_compaction_are_exact"),
-    ),
-    Mutation(
-        "compact/cpp/position", API,
-        "        p[0] = before;\n", "        p[0] = before > 0 ? before - 1 : 0;\n",
-        "a chunk overwrites the index before it", native("test_threshold_and_compaction_are_exact"),
-    ),
-    Mutation(
-        "compact/cpp/base", SELECTION,
-        "++w, base += 64", "++w, base += 63", "indices drift by one every 64 scores",
+        "kept += x[i] >= value;",
+        "kept += x[i] > value;",
+        "the tail drops ties",
         native("test_threshold_and_compaction_are_exact"),
     ),
     Mutation(
-        "compact/cpp/lanes-avx512", SELECTION,
-        "(1u << kept) - 1u", "(2u << kept) - 1u",
-        "AVX-512 code writes one index too many",
-        native("test_compaction_writes_nothing_behind_an_index"),
+        "compact/cpp/greater-avx512", SELECTION,
+        "_mm512_cmp_ps_mask(v, least, _CMP_GE_OQ)",
+        "_mm512_cmp_ps_mask(v, least, _CMP_GT_OQ)",
+        "AVX-512 code drops ties",
+        native("test_threshold_and_compaction_are_exact"),
+    ),
+    Mutation(
+        "compact/cpp/nan-avx2", SELECTION,
+        "_mm256_cmp_ps(v, least, _CMP_GE_OQ)",
+        "_mm256_cmp_ps(v, least, _CMP_NLT_UQ)",
+        "AVX2 code selects NaN",
+        native("test_compaction_leaves_out_nan_and_what_is_beyond_the_quota"),
+    ),
+    Mutation(
+        "compact/cpp/quota", SELECTION,
+        "kept += !tied || ties > 0;",
+        "kept += !tied || ties > 1;",
+        "keeps one tie too few",
+        native("test_threshold_and_compaction_are_exact"),
+    ),
+    Mutation(
+        "compact/cpp/tie-order", API,
+        "std::max<int64_t>(row.ties - before.ties, 0)",
+        "row.ties",
+        "every chunk has the tensor's whole quota of ties",
+        native("test_threshold_and_compaction_are_exact"),
+    ),
+    Mutation(
+        "compact/cpp/position", API,
+        "first = before.above + std::min(before.ties, row.ties)",
+        "first = before.above + before.ties",
+        "earlier ties that are not kept shift the indices",
+        native("test_threshold_and_compaction_are_exact"),
+    ),
+    Mutation(
+        "compact/cpp/base", API,
+        "static_cast<Index>(base + offsets[i])",
+        "static_cast<Index>(offsets[i] + 0 * base)",
+        "indices of a later chunk begin at zero",
+        native("test_threshold_and_compaction_are_exact"),
+    ),
+    Mutation(
+        "compact/cpp/room", API,
+        "if (first + kept > row.count) return;",
+        "",
+        "writes more indices than there is room for",
+        native("test_compaction_stays_within_the_memory_a_wrong_threshold_gives_it"),
+    ),
+    # collect_bracket, sample_scores
+    Mutation(
+        "collect_bracket/cpp/low", SELECTION,
+        "key >= low && key <= high",
+        "key > low && key <= high",
+        "the lower end of the bracket is outside",
+        native("test_bracket_is_the_references"),
+    ),
+    Mutation(
+        "collect_bracket/cpp/high-avx512", SELECTION,
+        "_mm512_mask_cmpgt_epu32_mask(number, key, vhigh)",
+        "_mm512_mask_cmpge_epu32_mask(number, key, vhigh)",
+        "AVX-512 code: the upper end of the bracket is outside",
+        native("test_bracket_is_the_references"),
+    ),
+    Mutation(
+        "collect_bracket/cpp/signed-avx2", SELECTION,
+        "key = _mm256_xor_si256(key_of(_mm256_castps_si256(v)), top);",
+        "key = key_of(_mm256_castps_si256(v));",
+        "AVX2 code compares keys as signed numbers",
+        native("test_bracket_is_the_references"),
+    ),
+    Mutation(
+        "collect_bracket/cpp/nan", SELECTION,
+        "nans += !number;",
+        "",
+        "the tail does not count NaN",
+        native("test_bracket_is_the_references"),
+    ),
+    Mutation(
+        "collect_bracket/cpp/threads", API,
+        "for (int64_t t = 0; t < team_; ++t) bracket_",
+        "for (int64_t t = 0; t < 1; ++t) bracket_",
+        "only the first thread's counts are added",
+        native("test_bracket_is_the_references"),
+    ),
+    Mutation(
+        "collect_bracket/cpp/number", API,
+        "c.row << 32 | keys[i]",
+        "keys[i]",
+        "candidates forget their tensor",
+        native("test_bracket_is_the_references"),
+    ),
+    Mutation(
+        "collect_bracket/cpp/capacity", API,
+        "if (first + found > bracket_.capacity) return;",
+        "if (first + found >= bracket_.capacity) return;",
+        "candidates that just fit are not written",
+        native("test_bracket_is_the_references"),
+    ),
+    Mutation(
+        "sample_scores/cpp/place", SELECTION,
+        "static_cast<uint64_t>(stride)) >> 32)",
+        "static_cast<uint64_t>(stride)) >> 33)",
+        "the second half of every run is never drawn",
+        native("test_sample_is_the_references"),
+    ),
+    Mutation(
+        "dr_fim_threshold/cpp/dtype", API,
+        "row.score + chunk.begin, FT_FP32);",
+        "row.score, FT_FP32);",
+        "counts the first chunk's scores for every chunk",
+        native("test_scores_and_their_bracket_in_one_pass"),
     ),
     # sparse_adamw
     Mutation(
@@ -1011,24 +1450,72 @@ CPP = (
         "weight decay without the learning rate", native("test_step_follows_torch_adamw"),
     ),
     Mutation(
-        "sparse_adamw/cpp/master", STEP,
-        "if (row.master != nullptr) row.master[i + j] = p[j];", "", "the master copy is not written",
-        native("test_step_in_half_precision"),
-    ),
-    Mutation(
         "sparse_adamw/cpp/half-moment", STEP,
         "second[j] = m2;", "bf16 kept; narrow(m2, &kept); second[j] = widen(kept);",
         "keeps the second moment in bf16", native("test_step_follows_torch_adamw"),
     ),
     Mutation(
         "sparse_adamw/cpp/index", STEP,
-        "narrow(p[j], param + at[j]);", "narrow(p[j], param + at[j == 0 ? 0 : j - 1]);",
-        "writes to the index before", native("test_step_follows_torch_adamw"),
+        "for (int64_t j = 0; j < n; ++j) param[at[j]] = rounded[j];",
+        "for (int64_t j = 0; j < n; ++j) param[at[j == 0 ? 0 : j - 1]] = rounded[j];",
+        "writes to the index before",
+        native("test_step_follows_torch_adamw"),
+    ),
+    Mutation(
+        "sparse_adamw/cpp/master", STEP,
+        "if (row.master != nullptr) __builtin_memcpy(row.master + i, p, static_cast<size_t>(n) * sizeof *p);",
+        "",
+        "the master copy is not written",
+        native("test_step_in_half_precision"),
+    ),
+    Mutation(
+        "sparse_adamw/cpp/gated-master", STEP,
+        "if (row.master != nullptr) row.master[i + j] = p[j];",
+        "",
+        "the master copy of a gated step is not written",
+        native("test_inactive_elements_gather_momentum_but_do_not_move"),
+    ),
+    Mutation(
+        "sparse_adamw/cpp/compact-grads", STEP,
+        "g[j] = widen(grad[i + j]);",
+        "g[j] = widen(grad[j]);",
+        "every block reads the first compact gradients",
+        reference("test_compact_gradients_and_a_tensor_scale_give_the_same_bits"),
     ),
     Mutation(
         "sparse_adamw/cpp/index-range", API,
         "low < 0 || high >= numel || low > high", "high >= numel || low > high", "takes a negative index",
         native("test_index_out_of_range_is_refused_before_anything_is_written"),
+    ),
+    # selected_grad_norm
+    Mutation(
+        "selected_grad_norm/cpp/tail", "csrc/cpu/selected_grad_norm.inl",
+        "const int64_t n = end - i < kGather ? end - i : kGather;",
+        "const int64_t n = end - i < kGather ? end - i - 1 : kGather;",
+        "leaves out the last element",
+        native("test_the_norms_sum_is_the_same_to_the_last_bit"),
+    ),
+    Mutation(
+        "selected_grad_norm/cpp/float", "csrc/cpu/selected_grad_norm.inl",
+        "double sums[kLanes] = {};",
+        "float sums[kLanes] = {};",
+        "adds up in single precision",
+        reference("test_the_selected_norm_neither_overflows_nor_vanishes"),
+        native("test_the_norms_sum_is_the_same_to_the_last_bit"),
+    ),
+    Mutation(
+        "selected_grad_norm/cpp/lanes", "csrc/cpu/selected_grad_norm.inl",
+        "sums[lane] += sums[lane + width];",
+        "sums[lane] += sums[lane + width - 1];",
+        "adds the wrong lanes",
+        native("test_the_norms_sum_is_the_same_to_the_last_bit"),
+    ),
+    Mutation(
+        "selected_grad_norm/cpp/index", "csrc/cpu/selected_grad_norm.inl",
+        "g[j] = widen(grad[at[j]]);",
+        "g[j] = widen(grad[at[j] > 0 ? at[j] - 1 : 0]);",
+        "reads the neighbour",
+        reference("test_selected_grad_norm"),
     ),
     # gather_values, scatter_values_
     Mutation(
@@ -1055,8 +1542,10 @@ CPP = (
     ),
     Mutation(
         "lists/cpp/last-chunk", CHUNKS,
-        "std::min(begin + chunk_, sizes_[row])", "begin + chunk_",
-        "the last chunk goes on behind the tensor", native("test_nothing_behind_a_tensor_is_written"),
+        "body(Chunk{row, begin, std::min(begin + chunk_, sizes_[row])",
+        "body(Chunk{row, begin, begin + chunk_",
+        "the last chunk goes on behind the tensor",
+        native("test_nothing_behind_a_tensor_is_written"),
     ),
     Mutation(
         "lists/cpp/element-size", API,
@@ -1077,8 +1566,24 @@ REFERENCE = (
     ),
     Mutation(
         "per_sample_squared_grad/reference/batch-square", f"{PACKAGE}/per_sample_squared_grad/reference.py",
-        "in zip(x_NTI, dy_NTO, strict=True)", "in [(x_NTI.flatten(0, 1), dy_NTO.flatten(0, 1))]",
-        "squares the batch's gradient", reference("test_per_sample_squared_grad_equals_vmap"),
+        "in zip(x_NHTI, dy_NHTO, strict=True)",
+        "in [(x_NHTI.transpose(0, 1).flatten(1, 2), dy_NHTO.transpose(0, 1).flatten(1, 2))]",
+        "squares the batch's gradient",
+        reference("test_per_sample_squared_grad_equals_vmap"),
+    ),
+    Mutation(
+        "per_sample_affine_squared_grad/reference/rstd", f"{PACKAGE}/per_sample_affine_squared_grad/reference.py",
+        " * rstd_NT[n, :, None].to(dtype)",
+        "",
+        "does not normalise",
+        reference("test_per_sample_affine_squared_grad_equals_vmap"),
+    ),
+    Mutation(
+        "selected_grad_norm/reference/scale", f"{PACKAGE}/selected_grad_norm/reference.py",
+        "(values / scale).square().sum().sqrt() * scale",
+        "values.square().sum().sqrt() + 0 * scale",
+        "squares overflow",
+        reference("test_the_selected_norm_neither_overflows_nor_vanishes"),
     ),
     Mutation(
         "per_sample_squared_grad/reference/autocast", f"{PACKAGE}/per_sample_squared_grad/reference.py",
@@ -1129,8 +1634,24 @@ REFERENCE = (
     ),
     Mutation(
         "select_threshold/reference/rank", f"{PACKAGE}/select_threshold/search.py",
-        "torch.searchsorted(total.cumsum(0), remaining)", "torch.searchsorted(total.cumsum(0), remaining, right=True)",
-        "takes the next digit where counts reach the rank exactly", select("test_every_k"),
+        "torch.searchsorted(running[row], rank - above)",
+        "torch.searchsorted(running[row], rank - above, right=True)",
+        "takes the next digit where counts reach the rank exactly",
+        select("test_every_k"),
+    ),
+    Mutation(
+        "select_threshold/reference/missed-bracket", f"{PACKAGE}/select_threshold/search.py",
+        "if n_missing or not above < k <= above + inside:",
+        "if n_missing:",
+        "believes a bracket that missed",
+        select("test_a_wrong_bracket_costs_time_only"),
+    ),
+    Mutation(
+        "select_threshold/reference/missing-candidates", f"{PACKAGE}/select_threshold/search.py",
+        "if n_missing or not above",
+        "if not above",
+        "goes on without its candidates",
+        select("test_a_wrong_bracket_costs_time_only"), select("test_a_sample_cannot_be_fooled"),
     ),
     Mutation(
         "select_threshold/reference/tie-order", f"{PACKAGE}/select_threshold/search.py",
@@ -1194,12 +1715,6 @@ CONTRACT = (
         "autograd does not see that parameters changed", ops("test_autograd_sees_the_write_and_no_graph_is_built"),
     ),
     Mutation(
-        "per_sample_squared_grad/contract/strides", f"{PACKAGE}/ops.py",
-        "x_NTI.contiguous(), dy_NTO.contiguous(), weight", "x_NTI.contiguous(), dy_NTO, weight",
-        "hands over an expanded gradient as if it were contiguous",
-        interpreted("per_sample", "test_mixed_dtypes_and_strided_inputs"),
-    ),
-    Mutation(
         "squared_grad_accumulate/contract/strided-output", f"{PACKAGE}/ops.py",
         "if mutated and not tensor.is_contiguous():", "if False:",
         "writes to a tensor that is not contiguous", ops("test_refusals_name_the_value_and_the_remedy"),
@@ -1230,14 +1745,15 @@ CONTRACT = (
     ),
     Mutation(
         "sparse_adamw/contract/gradient", f"{PACKAGE}/sparse_adamw/reference.py",
-        "g = grad.reshape(-1)[index].to(mean.dtype) * grad_scale",
-        "g = grad.mul_(grad_scale).reshape(-1)[index].to(mean.dtype)", "scales the caller's gradient",
+        "g = selected.to(mean.dtype) * scale",
+        "g = selected.to(mean.dtype) * scale\n        grad.mul_(scale)",
+        "scales the caller's gradient",
         contract("test_what_is_read_keeps_its_bits"),
     ),
     Mutation(
         "values/contract/unwritten", f"{PACKAGE}/values/native.py",
-        "value.data_ptr(),\n            tensor.numel(),\n            index.numel(),",
-        "value.data_ptr(),\n            tensor.numel(),\n            max(index.numel() - 1, 0),",
+        "rows.write(value, dtype=None),\n            tensor.numel(),\n            index.numel(),",
+        "rows.write(value, dtype=None),\n            tensor.numel(),\n            max(index.numel() - 1, 0),",
         "leaves the last gathered value as it was allocated",
         contract("test_any_size_and_dtype_leaves_nothing_unwritten"),
     ),
@@ -1246,7 +1762,7 @@ CONTRACT = (
         "walk(total * t / threads, total * (t + 1) / threads,",
         "walk(total * t / threads, total * (t + 1) / threads - (t + 1 < threads),",
         "results depend on the number of threads",
-        contract("test_the_same_call_gives_the_same_bits_on_any_number_of_threads"),
+        contract("test_the_same_call_gives_the_same_bits"),
     ),
     Mutation(
         "lists/contract/triton-at-import", f"{PACKAGE}/dispatch.py",

@@ -62,6 +62,14 @@ def test_gaussian_perturb(dtype, seed, step):
     fence.check()
 
 
+def test_nothing_outside_a_perturbed_tensor_is_written(monkeypatch):
+    fence = Fenced()
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: fence(tensor))
+    params, offsets = normal(SIZES, seed=3), [17, 2, 5, 0, 7, 1001]
+    fk.gaussian_perturb(params, positive(SIZES, seed=4), prior_precision=1.0, seed=1, step=2, offsets=offsets)
+    fence.check()
+
+
 def test_noise_is_a_function_of_the_global_index():
     whole = fk.gaussian_perturb(
         torch.zeros(5000), torch.zeros(5000), prior_precision=1.0, seed=9, step=2, offsets=[11]
@@ -153,6 +161,19 @@ def test_precision_update_sgvb(dtype):
     assert_close(square, state[2], rtol=1e-5, atol=1e-5)
     assert_close(excess, state[0], rtol=1e-5, atol=1e-6)
     fence.check()
+
+
+def test_precision_moments_of_the_prior_term_are_exact():
+    """Without a gradient the draw is out of it: the slope is ½γE/Λ, and its square tells 1 − β₂ in double from float."""
+    excess = positive(SIZES, seed=7)
+    slope = [0.5 * 0.7 * e.double() / (e.double() + 0.01) for e in excess]
+    mean, square = [torch.zeros(s) for s in SIZES], [torch.zeros(s) for s in SIZES]
+    fk.precision_update_sgvb_(
+        excess, [torch.zeros(s) for s in SIZES], mean, square, lr=0.05, betas=(0.9, 0.999), eps=1e-8, gamma=0.7,
+        prior_precision=0.01, seed=5, noise_step=1, step=1,
+    )  # fmt: skip
+    assert_close(mean, [0.1 * s for s in slope])
+    assert_close(square, [0.001 * s**2 for s in slope], atol=1e-37)  # smaller squares lose digits as subnormals
 
 
 def test_precision_stays_positive_under_a_huge_step():

@@ -130,3 +130,13 @@ def test_what_is_not_finite_comes_through_the_norm(values, expected):
 def test_the_norm_of_nothing_is_zero():
     assert fk.selected_grad_norm([torch.ones(3), torch.empty(0)], [torch.empty(0).long()] * 2) == 0
     assert fk.selected_grad_norm([]) == 0
+
+
+def test_the_norm_of_many_chunks(monkeypatch):
+    """More partial sums than the second stage takes at once."""
+    from fishertune_kernels.selected_grad_norm import triton as backend
+
+    monkeypatch.setattr(backend, "FINISH_CONFIG", {"BLOCK": 4, "num_warps": 4})
+    grads = [torch.randn(9 * 2048 + 5, generator=torch.Generator().manual_seed(7)) * 10.0**i for i in (0, 3)]
+    expected = torch.cat(grads).double().norm()
+    torch.testing.assert_close(fk.selected_grad_norm(grads).double(), expected, rtol=1e-6, atol=0)
