@@ -217,6 +217,19 @@ def test_a_wrong_bracket_costs_time_only(
         assert sampling[1].low == sampling[1].high
 
 
+@pytest.mark.parametrize("edge", ["low", "high"])
+@pytest.mark.parametrize("by", [-1, 0, 1])
+def test_brackets_that_end_next_to_the_threshold(
+    backend: str, sampling: list, monkeypatch: pytest.MonkeyPatch, edge: str, by: int
+) -> None:
+    scores = torch.arange(1.0, 2001)
+    key = 0x80000000 + int(torch.tensor(1901.0).view(torch.int32))  # of the 100th largest
+    low, high = (key + by, 0xC6000000) if edge == "low" else (0x80000000, key + by)
+    monkeypatch.setattr(search, "sampled_bracket", lambda *_: search.Bracket(low, high, 2000))
+    check_selection([scores], 100)
+    assert len(sampling) == (1 if low <= key <= high else 2)
+
+
 def test_a_crowded_bracket_is_not_tried(backend: str, sampling: list, monkeypatch: pytest.MonkeyPatch) -> None:
     """k at the border of two masses: one read by the radix search's key, not another that copies half of the scores."""
     monkeypatch.setattr(search, "LARGEST_SHARE", LARGEST_SHARE)
