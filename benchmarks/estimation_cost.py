@@ -31,12 +31,12 @@ from typing import Any
 
 import torch
 from fisher_study import cost, picture
-from fisher_study.compare import Reference, effective_sample_size
+from fisher_study.compare import Reference, effective_sample_size, rank_correlation
 from fisher_study.estimates import (
     POSTERIORS,
     ExactSums,
     boundaries,
-    image_traces,
+    image_weights,
     posterior_estimates,
     shrunk,
     squared_batches,
@@ -203,13 +203,14 @@ def _spread(problem: Problem, plan: Plan, samples: dict[str, ExactSums], results
         results.save()
     if "images" not in spread:
         with reporter.bar("weight of each image", plan.traces) as bar:
-            traces = image_traces(problem, plan.traces, _steps(bar))
+            traces, losses = image_weights(problem, plan.traces, _steps(bar))
         ordered = traces.sort(descending=True).values
         spread["images"] = {
             "count": plan.traces,
             "effective": round(effective_sample_size(traces), 1),
             "share_of_heaviest_5_percent": round(float(ordered[: max(1, plan.traces // 20)].sum() / ordered.sum()), 4),
             "heaviest_over_median": round(float(ordered[0] / traces.median()), 2),
+            "rank_correlation_with_loss": round(rank_correlation(traces, losses), 3),
         }
         results.save()
 

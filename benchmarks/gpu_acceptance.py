@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_acceptance.py              # benchmarks/results/<gpu>-<date>-<commit>.json and .png
     python benchmarks/gpu_acceptance.py --quick      # the same code paths on a CPU at toy sizes; no figures
+    python benchmarks/gpu_acceptance.py --cpu        # the streaming operators on this CPU, beside its own bandwidth
 
 Right: every operator against float64 on fresh random data (the seed is printed and can be given), outputs allocated
 over NaN, odd shapes, strided and unaligned inputs, the same bits twice, more than 2³¹ elements where memory allows.
@@ -27,7 +28,8 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 from acceptance import goals, roofline  # noqa: E402
 from acceptance.measure import Bench  # noqa: E402
-from acceptance.parts import all_parts  # noqa: E402
+from acceptance.operator import Part  # noqa: E402
+from acceptance.parts import all_parts, cpu_parts  # noqa: E402
 from acceptance.report import report  # noqa: E402
 from acceptance.results import Results, about, write_whole  # noqa: E402
 from acceptance.runner import DeviceLost, all_right, run_parts, say  # noqa: E402
@@ -41,20 +43,22 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     begin = time.time()
     until = begin + 60 * options.minutes
-    if not options.quick and not torch.cuda.is_available():
+    on_cpu = options.quick or options.cpu
+    if not on_cpu and not torch.cuda.is_available():
         raise SystemExit(
             "gpu_acceptance: no CUDA device is visible to torch, so nothing was measured. Run it on a machine with an "
             "NVIDIA GPU and a CUDA build of torch, or pass --quick to run its logic on this CPU."
         )
-    device = torch.device("cpu") if options.quick else torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    parts = cpu_parts() if options.cpu else all_parts()
     if options.worker is not None:
         results = Results.read(options.worker)
-        return _work(results, Bench(device, results.about["seed"]), options.until)
+        return _work(parts, results, Bench(device, results.about["seed"]), options.until)
 
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     folder = options.out or (None if options.quick else RESULTS)
     results = Results.open(folder, about(device, options.quick, seed), options.seed, options.fresh)
-    if not options.quick:
+    if not on_cpu:
         _require_gpu_kernels(results.about["backends"])
     say(f"seed {results.about['seed']}")
     if results.path is not None:
@@ -64,13 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
             del results.parts[name]
     results.write()
     if options.quick:
-        code = _work(results, Bench(device, results.about["seed"], quick=True), until)
+        code = _work(parts, results, Bench(device, results.about["seed"], quick=True), until)
     else:
         assert results.path is not None
         command = [sys.executable, __file__, "--worker", str(results.path), "--until", str(until)]
-        code = supervise(command, results.path, {part.name: part.seconds for part in all_parts()}, until)
+        command += ["--cpu"] if options.cpu else []
+        code = supervise(command, results.path, {part.name: part.seconds for part in parts}, until)
         results = Results.read(results.path)
-    verdicts = goals.judge(results.records())
+    verdicts = [] if options.cpu else goals.judge(results.records())
     results.goals = goals.to_json(verdicts)
     results.write()
     _draw(results)
@@ -80,10 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
     return code or (0 if all_right(results) else 1)
 
 
-def _work(results: Results, bench: Bench, until: float) -> int:
+def _work(parts: list[Part], results: Results, bench: Bench, until: float) -> int:
     """Runs the parts in this process."""
     try:
-        run_parts(all_parts(), bench, results, until)
+        run_parts(parts, bench, results, until)
     except DeviceLost:
         return DEVICE_LOST
     except KeyboardInterrupt:
@@ -115,6 +120,7 @@ def _require_gpu_kernels(backends: dict[str, str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="run the logic on a CPU at toy sizes; no figures")
+    parser.add_argument("--cpu", action="store_true", help="measure the streaming operators on this CPU instead")
     parser.add_argument("--minutes", type=float, default=7.5, help="time in all; parts that would exceed it do not run")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on with an earlier file")
     parser.add_argument("--retry", action="store_true", help="run the parts again that failed")

@@ -142,11 +142,11 @@ def kernels(budget: dict[str, Any], folders: dict[str, str]) -> dict[str, dict[s
 
 
 def gpu_runs(folder: Path = RESULTS) -> list[Run]:
-    """Result files of ``gpu_acceptance.py``; other benchmarks' files and those of quick runs are none."""
+    """Result files of ``gpu_acceptance.py``; other benchmarks' files and those of runs on a CPU are none."""
     runs = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if {"parts", "goals", "device"} <= content.keys() and not content["quick"]:
+        if {"parts", "goals", "card"} <= content.keys() and content["card"]:
             runs.append(Run(path, content))
     return runs
 

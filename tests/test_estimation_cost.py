@@ -14,7 +14,6 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture(scope="module")
 def study():
     """The command as a module, with its folder on the path as Python puts it for a script."""
-    pytest.importorskip("pytest_benchmark")
     sys.path.insert(0, str(BENCHMARKS))
     import estimation_cost
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -98,6 +99,28 @@ CHUNKS = [{"BLOCK": block, "num_warps": warps} for block, warps in ((1024, 4), (
 def with_variants(work: Work[P], variants: Mapping[str, Contender[P]]) -> Work[P]:
     """The same work, done by ours and by other ways to run ours."""
     return replace(work, rivals=variants, baselines={}, role="variant", seconds=0.3)
+
+
+def with_backend(ours: Contender[P], setting: str) -> Contender[P]:
+    """``ours`` on the implementation that FISHERTUNE_BACKEND names."""
+
+    def contender(problem: P) -> Callable[[], Any]:
+        call = ours(problem)
+
+        def run() -> Any:
+            before = os.environ.get("FISHERTUNE_BACKEND")
+            os.environ["FISHERTUNE_BACKEND"] = setting
+            try:
+                return call()
+            finally:
+                if before is None:
+                    del os.environ["FISHERTUNE_BACKEND"]
+                else:
+                    os.environ["FISHERTUNE_BACKEND"] = before
+
+        return run
+
+    return contender
 
 
 def tiles(

@@ -36,8 +36,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     if len(rows) == 1:
         return ""
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _checks(checks: Sequence[Check]) -> str:
@@ -133,7 +135,7 @@ def _troubles(results: Results) -> str:
         (name, "not run" if outcome.state != "cut" else "cut", outcome.note)
         for name, outcome in results.in_state("not run", "cut", "running").items()
     ]
-    return table(("part", "", ""), rows)
+    return table(("part", "what became of it", ""), rows)
 
 
 def _goals(verdicts: Sequence[Verdict]) -> str:
@@ -148,4 +150,4 @@ def _goals(verdicts: Sequence[Verdict]) -> str:
         )
         for verdict in verdicts
     ]
-    return table(("goal", "asked", "found", "", ""), rows)
+    return table(("goal", "asked", "found", "verdict", "note"), rows)

@@ -116,10 +116,10 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def about(device: torch.device, quick: bool, seed: int) -> dict[str, Any]:
     """What is measured, where and when."""
-    cuda = device.type == "cuda"
-    properties = torch.cuda.get_device_properties(device) if cuda else None
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    name = properties.name.replace(" ", "_") if properties else f"cpu-{torch.get_num_threads()}-threads"
     return {
-        "device": "cpu-quick" if quick else torch.cuda.get_device_name(device).replace(" ", "_"),
+        "device": "cpu-quick" if quick else name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "sources": sources(),

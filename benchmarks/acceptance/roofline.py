@@ -9,6 +9,9 @@ from typing import Any
 from .parts.limits import COPY, PRODUCT
 from .records import Limit, Record, Timing
 
+BESIDE = ((0, 7), (0, -14), (-11, -4), (11, -4))
+"""Where a point's number stands, in turn: neighbours would cover one another's."""
+
 
 def points(records: Iterable[Record]) -> list[tuple[str, float, float]]:
     """What, operations per byte, operations per second: of every timed work of ours whose operations are known."""
@@ -41,9 +44,11 @@ def draw(records: Iterable[Record], about: dict[str, Any]) -> bytes | None:
     high = max(max(x for _, x, _ in found), product / bandwidth) * 4
     ridge = product / bandwidth
     axes.plot([low, ridge, high], [low * bandwidth, product, product], color="black", linewidth=1.2)
+    middle = (low * ridge) ** 0.5
     axes.annotate(
-        f"copy {bandwidth / 1e9:.0f} GB/s", (low, low * bandwidth), xytext=(6, 16), textcoords="offset points"
-    )
+        f"copy {bandwidth / 1e9:.0f} GB/s", (middle, middle * bandwidth), xytext=(-10, 6), textcoords="offset points",
+        ha="right",
+    )  # fmt: skip
     axes.annotate(
         f"bf16 product {product / 1e12:.0f} TFLOP/s", (high, product), xytext=(-6, 6), textcoords="offset points",
         ha="right",
@@ -51,10 +56,8 @@ def draw(records: Iterable[Record], about: dict[str, Any]) -> bytes | None:
     for number, (what, x, y) in enumerate(found, 1):
         roof = min(x * bandwidth, product)
         axes.scatter([x], [y], s=36, color=f"C{number % 10}", zorder=3, label=f"{number}  {y / roof:.0%}  {what}")
-        above = number % 2 == 0  # neighbours on the roof would cover one another's numbers
-        axes.annotate(
-            str(number), (x, y), xytext=(0, 7 if above else -14), textcoords="offset points", ha="center", fontsize=8
-        )
+        beside = BESIDE[number % len(BESIDE)]
+        axes.annotate(str(number), (x, y), xytext=beside, textcoords="offset points", ha="center", fontsize=8)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(None, product * 3))
     axes.set(xlabel="FLOP per byte that has to move", ylabel="FLOP/s achieved")
     axes.set_title(f"{about['device'].replace('_', ' ')}, {about['date'][:10]}, {about['commit']}", loc="left")

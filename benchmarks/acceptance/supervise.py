@@ -72,8 +72,9 @@ def _watch(
             running = next(iter(Results.read(path).in_state("running")), "")
             if running != part:
                 part, since = running, time.time()
-            hangs = bool(part) and time.time() - since > 3 * estimates[part] + patience
-            if hangs or time.time() > until + GRACE:
+            now = time.time()
+            hangs = bool(part) and now - since > 3 * estimates[part] + patience
+            if hangs or (part and now > until + GRACE):
                 worker.kill()
                 return worker.wait(), _HUNG if hangs else _LATE
         except KeyboardInterrupt:  # the worker got it too and records what it has

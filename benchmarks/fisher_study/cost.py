@@ -141,13 +141,18 @@ class Bench:
 
 
 def _seconds(work: Callable[[], Squares], device: torch.device) -> float:
+    _wait(device)
     start = time.perf_counter()
     kept = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _wait(device)
     elapsed = time.perf_counter() - start
     del kept
     return elapsed
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def extra_memory(config: RunConfig, label: str, count: int) -> float:

@@ -106,15 +106,17 @@ def shrunk(problem: Problem, total: Tensor, images: int) -> Tensor:
     return torch.cat([value.flatten() for value in values.values()])
 
 
-def image_traces(problem: Problem, count: int, advance: Callable[[int], None]) -> Tensor:
-    """Σ_θ (∂L_n/∂θ)² of each of the first images: how much one image weighs in the sum."""
-    traces = torch.zeros(count, dtype=torch.float64)
+def image_weights(problem: Problem, count: int, advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+    """Σ_θ (∂L_n/∂θ)² of each of the first images, how much it weighs in the sum, and its loss L_n."""
+    traces, values = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     for n in range(count):
         with PerSampleSquares(problem.model, problem.names) as squares:
-            squares.backward(problem.loss(problem.model, problem.images("estimate", n, n + 1)))
+            losses = problem.loss(problem.model, problem.images("estimate", n, n + 1))
+            squares.backward(losses)
+        values[n] = losses.item()
         traces[n] = sum(value.sum(dtype=torch.float64) for value in squares.accumulators.values())
         advance(1)
-    return traces
+    return traces, values
 
 
 def squared_batches(

@@ -2,15 +2,25 @@
 
 constexpr int64_t kTokens = 64;  // of a partial sum
 
-template <class X, class Grad>
-static inline void affine_sums(const X* __restrict x, const Grad* __restrict dy, int64_t count, float mean, float rstd,
-                               float* __restrict sums) {
-  for (int64_t c = 0; c < count; ++c) sums[c] += widen(dy[c]) * ((widen(x[c]) - mean) * rstd);
-}
-
-template <class Grad>
-static inline void token_sums(const Grad* __restrict dy, int64_t count, float* __restrict sums) {
-  for (int64_t c = 0; c < count; ++c) sums[c] += widen(dy[c]);
+// Adds `Count` tokens, whose rows are `stride` apart, to the sums; several at once, so that the sums are read once for them.
+template <bool Scaled, bool Shifted, int Count, class X, class Grad>
+static inline void add_tokens(const X* __restrict x, const Grad* __restrict dy, int64_t stride, int64_t channels,
+                              const float* mean, const float* rstd, float* __restrict part_w, float* __restrict part_b) {
+  float m[Count], r[Count];
+  for (int k = 0; k < Count; ++k) {
+    m[k] = mean != nullptr ? mean[k] : 0.0f;
+    r[k] = rstd != nullptr ? rstd[k] : 1.0f;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    float w = Scaled ? part_w[c] : 0.0f, b = Shifted ? part_b[c] : 0.0f;
+    for (int k = 0; k < Count; ++k) {
+      const float d = widen(dy[k * stride + c]);
+      if (Scaled) w += d * ((widen(x[k * stride + c]) - m[k]) * r[k]);
+      if (Shifted) b += d;
+    }
+    if (Scaled) part_w[c] = w;
+    if (Shifted) part_b[c] = b;
+  }
 }
 
 static inline void add_to(float* __restrict total, float* __restrict part, int64_t count) {
@@ -31,33 +41,46 @@ static inline void add_scaled(float* __restrict accumulator, const float* __rest
   for (int64_t c = 0; c < count; ++c) accumulator[c] += weight * squares[c];
 }
 
-static void per_sample_affine(const ft_affine_row& row, int64_t first, int64_t count, float weight) {
+template <bool Scaled, bool Shifted, class X, class Grad>
+static void affine_range(const ft_affine_row& row, const X* x, const Grad* dy, int64_t first, int64_t count, float weight) {
   // Of the weight and of the bias: a block's sums, a sample's sums, and the squares of all samples.
   float part_w[kAffineChannels] = {}, grad_w[kAffineChannels] = {}, squares_w[kAffineChannels] = {};
   float part_b[kAffineChannels] = {}, grad_b[kAffineChannels] = {}, squares_b[kAffineChannels] = {};
-  const bool scaled = row.weight_accumulator != nullptr, shifted = row.bias_accumulator != nullptr;
+  const auto add = [&](auto several, int64_t token) {
+    const int64_t at = token * row.channels + first;
+    const float* const mean = row.mean != nullptr ? row.mean + token : nullptr;
+    const float* const rstd = row.rstd != nullptr ? row.rstd + token : nullptr;
+    add_tokens<Scaled, Shifted, decltype(several)::value>(Scaled ? x + at : x, dy + at, row.channels, count, mean, rstd, part_w,
+                                                          part_b);
+  };
+  for (int64_t n = 0; n < row.samples; ++n) {
+    for (int64_t begin = 0; begin < row.tokens; begin += kTokens) {
+      const int64_t end = row.tokens - begin < kTokens ? row.tokens : begin + kTokens;
+      int64_t t = begin;
+      for (; t + 4 <= end; t += 4) add(std::integral_constant<int, 4>(), n * row.tokens + t);
+      for (; t < end; ++t) add(std::integral_constant<int, 1>(), n * row.tokens + t);
+      if (Scaled) add_to(grad_w, part_w, count);
+      if (Shifted) add_to(grad_b, part_b, count);
+    }
+    if (Scaled) add_squares(squares_w, grad_w, count);
+    if (Shifted) add_squares(squares_b, grad_b, count);
+  }
+  if (Scaled) add_scaled(row.weight_accumulator + first, squares_w, weight, count);
+  if (Shifted) add_scaled(row.bias_accumulator + first, squares_b, weight, count);
+}
+
+static void per_sample_affine(const ft_affine_row& row, int64_t first, int64_t count, float weight) {
   with_dtype(row.dy, row.dy_dtype, [&](const auto* dy) {
+    if (row.weight_accumulator == nullptr) {
+      if (row.bias_accumulator != nullptr) affine_range<false, true>(row, dy, dy, first, count, weight);
+      return;
+    }
     with_dtype(row.x, row.x_dtype, [&](const auto* x) {
-      for (int64_t n = 0; n < row.samples; ++n) {
-        for (int64_t begin = 0; begin < row.tokens; begin += kTokens) {
-          const int64_t end = row.tokens - begin < kTokens ? row.tokens : begin + kTokens;
-          for (int64_t t = begin; t < end; ++t) {
-            const int64_t token = n * row.tokens + t, at = token * row.channels + first;
-            if (scaled) {
-              const float mean = row.mean != nullptr ? row.mean[token] : 0.0f;
-              const float rstd = row.rstd != nullptr ? row.rstd[token] : 1.0f;
-              affine_sums(x + at, dy + at, count, mean, rstd, part_w);
-            }
-            if (shifted) token_sums(dy + at, count, part_b);
-          }
-          if (scaled) add_to(grad_w, part_w, count);
-          if (shifted) add_to(grad_b, part_b, count);
-        }
-        if (scaled) add_squares(squares_w, grad_w, count);
-        if (shifted) add_squares(squares_b, grad_b, count);
+      if (row.bias_accumulator != nullptr) {
+        affine_range<true, true>(row, x, dy, first, count, weight);
+      } else {
+        affine_range<true, false>(row, x, dy, first, count, weight);
       }
     });
   });
-  if (scaled) add_scaled(row.weight_accumulator + first, squares_w, weight, count);
-  if (shifted) add_scaled(row.bias_accumulator + first, squares_b, weight, count);
 }

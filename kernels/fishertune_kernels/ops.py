@@ -713,7 +713,7 @@ _register(
 )
 
 
-# key_histogram, collect_bracket, select_threshold, compact --------------------------------------------------------------------
+# key_histogram, collect_bracket, select_threshold, compact ------------------------------------------------------------
 
 
 def check_scores(scores: list[Tensor]) -> None:
@@ -778,7 +778,9 @@ def _check_collect_bracket(scores: list[Tensor], low: int, high: int, capacity: 
         raise ValueError("scores is an empty list; there is no device to count on. Pass at least one tensor.")
     for i, tensor in enumerate(scores):
         if tensor.dtype == torch.float64:
-            raise TypeError(f"scores[{i}] is torch.float64; brackets are of 32-bit keys. Use .float() or key_histogram.")
+            raise TypeError(
+                f"scores[{i}] is torch.float64; brackets are of 32-bit keys. Use .float() or key_histogram."
+            )
     if not 0 <= low <= high < 1 << 32:
         raise ValueError(f"low={low}, high={high}: expected 0 ≤ low ≤ high < 2**32, keys of float32 scores.")
     if capacity < 0:
@@ -856,9 +858,7 @@ def _run_compact(scores: list[Tensor], value: float, greater: list[int], ties_ke
 def _fake_compact(scores: list[Tensor], value: float, greater: list[int], ties_kept: list[int]) -> list[Tensor]:
     _check_compact_counts(scores, greater, ties_kept)
     return [
-        torch.empty(
-            above + ties, dtype=torch.int32 if tensor.numel() <= 2**31 else torch.int64, device=tensor.device
-        )
+        torch.empty(above + ties, dtype=torch.int32 if tensor.numel() <= 2**31 else torch.int64, device=tensor.device)
         for tensor, above, ties in zip(scores, greater, ties_kept, strict=True)
     ]
 

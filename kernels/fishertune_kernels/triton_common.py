@@ -61,15 +61,14 @@ def list_table(
     block: int,
     *lists: Sequence[torch.Tensor],
     offsets: Sequence[int] | None = None,
-    whole_draws: bool = True,
     scattered: int = 0,
 ) -> ListTable:
     """Tables of one launch with chunks of ``block`` elements; the last list's tensors give the sizes.
 
     With ``offsets`` (global index of each tensor's first element) chunks begin at multiples of four global elements,
-    the size of a random-number block: a tensor's first chunk is then up to three elements short. ``whole_draws`` False
-    drops that, for kernels that draw by element. The first ``scattered`` lists are read element by element, so their
-    alignment says nothing.
+    the size of a random-number block: a tensor's first chunk is then up to three elements short. A kernel that
+    draws element by element may ignore that and leave a last chunk empty. The first ``scattered`` lists are read
+    element by element, so their alignment says nothing.
 
     A call finds its tables by the tensors' addresses. Parameters and optimizer state stay where they are. Gradients
     that are freed every step (``zero_grad(set_to_none=True)``) come from torch's caching allocator, as a rule at the
@@ -82,9 +81,7 @@ def list_table(
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
     sizes = tuple(tensor.numel() for tensor in sized)
-    layout, owners, n_chunks = _layout(
-        device, stream, block, sizes, None if offsets is None else tuple(offsets), whole_draws
-    )
+    layout, owners, n_chunks = _layout(device, stream, block, sizes, None if offsets is None else tuple(offsets))
     pointers, aligned = _pointers(device, stream, addresses, sum(map(len, lists[:scattered])))
     return ListTable(pointers, layout, owners, len(sized), n_chunks, aligned)
 
@@ -96,11 +93,9 @@ def _layout(
     block: int,
     sizes: tuple[int, ...],
     offsets: tuple[int, ...] | None,
-    whole_draws: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     sizes_T = torch.tensor(sizes, dtype=torch.int64, device="cpu")
-    aligns = offsets is not None and whole_draws
-    lead_T = torch.tensor(offsets, device="cpu") & 3 if aligns else torch.zeros_like(sizes_T)
+    lead_T = torch.zeros_like(sizes_T) if offsets is None else torch.tensor(offsets, device="cpu") & 3
     chunks_T = torch.where(sizes_T > 0, (sizes_T + lead_T + block - 1) // block, 0)
     first_T = chunks_T.cumsum(0) - chunks_T
     rows = [sizes_T, first_T] if offsets is None else [sizes_T, first_T, torch.tensor(offsets, device="cpu")]

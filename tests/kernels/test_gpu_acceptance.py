@@ -1,6 +1,7 @@
 """The GPU acceptance command: its logic runs on a CPU, sees what is wrong, goes on where it was cut, and never invents
 a GPU figure."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -18,7 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from acceptance import compare, goals, measure, race, records, results, roofline, runner, supervise  # noqa: E402
 from acceptance.operator import NotHere, Part  # noqa: E402
-from acceptance.parts import OPERATORS, all_parts, fisher, limits, profiles  # noqa: E402
+from acceptance.parts import OPERATORS, all_parts, cpu_parts, fisher, limits, profiles  # noqa: E402
 from acceptance.records import Check, Launches, Limit, Timing  # noqa: E402
 from acceptance.report import report  # noqa: E402
 
@@ -296,6 +297,14 @@ def test_a_part_that_runs_over_the_whole_time_is_cut_and_not_failed(tmp_path, mo
     }
 
 
+def test_the_parts_run_in_a_process_of_their_own(command, tmp_path, capsys):
+    assert command.main(["--cpu", "--minutes", "0", "--out", str(tmp_path)]) == 0
+    parts = written(tmp_path)["parts"]
+    assert list(parts) == [part.name for part in cpu_parts()]
+    assert {part["state"] for part in parts.values()} == {"not run"}
+    assert "goes on with the rest" in capsys.readouterr().out
+
+
 def test_a_worker_that_cannot_even_start_is_not_started_for_ever(tmp_path):
     path = tmp_path / "card.json"
     results.Results(path, {"quick": False}).write()
@@ -338,6 +347,13 @@ def test_a_rival_is_timed_only_if_its_answer_is_ours(bench):
     assert by_name["broken"].note.startswith("RuntimeError") and by_name["broken"].median_ms is None
 
 
+@pytest.mark.parametrize("off", [2.0, float("nan")])
+def test_a_rival_beyond_the_tolerance_has_no_time(bench, off):
+    strict = dataclasses.replace(work(rival=lambda p: lambda: [p + p]), differs=lambda actual, expected: off)
+    (rival,) = [timing for timing in race.race(bench, strict) if timing.role == "rival"]
+    assert rival.median_ms is None and rival.note.startswith("wrong")
+
+
 def test_an_error_of_ours_is_an_error(bench):
     def out_of_memory(problem):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -373,6 +389,12 @@ def test_errors_are_measured_against_the_tolerance():
     assert compare.error([torch.empty(0)], [torch.empty(0)]) == 0
     assert compare.of_largest(0.1)([one * 1.05], [one]) == pytest.approx(0.5, rel=1e-4)
     assert compare.of_largest(0.1)([one * float("nan")], [one]) == float("inf")
+
+
+def test_outputs_are_allocated_over_nan_while_a_check_runs():
+    empty = compare.Case("x", lambda: [torch.empty(64)], lambda actual: 0.0 if actual[0].isnan().all() else 2.0)
+    assert compare.check("x", empty).passed
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_same_bits_tells_zeros_and_nans_apart():
@@ -461,6 +483,12 @@ def test_goals_are_met_by_figures_that_meet_them():
 def test_a_slower_kernel_falls_short_of_its_goal_only(operator, part_of_name):
     short = {goal for goal, state in states(facts(**{operator: 1.4})).items() if state == goals.SHORT}
     assert short and all(part_of_name in goal for goal in short)
+
+
+def test_the_slowest_layer_decides():
+    slow = Timing("per_sample_squared_grad_", "ViT-L proj bf16", "invented", "ours", "ours", median_ms=1.4)
+    short = {goal for goal, state in states([*facts(), slow]).items() if state == goals.SHORT}
+    assert short == {"per-sample squares, ViT-L: share of cuBLAS's weight-gradient rate"}
 
 
 def test_a_fast_wrong_kernel_reaches_no_goal():

@@ -356,28 +356,34 @@ def test_compaction_leaves_out_nan_and_what_is_beyond_the_quota(isa):
 
 
 @pytest.mark.parametrize("extra", [1, -1])
-def test_compaction_stays_within_the_memory_a_wrong_threshold_gives_it(isa, threads, extra):
+def test_compaction_refuses_a_wrong_count(isa, threads, extra):
     scores = [awkward(n) for n in (70_001, 200_000)]
     right = select_threshold(scores, 40_000)
     wrong = right._replace(greater_per_tensor=(right.greater_per_tensor[0], right.greater_per_tensor[1] + extra))
-    with pytest.raises(ValueError, match=rf"stands for {40_000 + extra} elements but the scores hold 40000.*scores\[1\]"):
+    message = rf"stands for {40_000 + extra} elements but the scores hold 40000.*scores\[1\]"
+    with pytest.raises(ValueError, match=message):
         compaction.compact(scores, wrong)
 
 
-def test_compaction_writes_int64_indices(isa, threads):
-    """What a tensor of more than 2³¹ elements needs, on one that fits a test."""
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("short", [0, 1, 20_000])
+def test_compaction_stays_within_its_memory(isa, threads, dtype, short):
+    """Fences behind the indices; int64 is what a tensor of more than 2³¹ elements needs."""
     scores = [awkward(300_000), awkward(1000)]
     found = select_threshold(scores, 30_000)
     indices, selected = [], torch.empty(2, dtype=torch.int64)
     rows = native.Rows()
     for score, above, ties in zip(scores, found.greater_per_tensor, found.ties_kept_per_tensor, strict=True):
-        index = torch.full((above + ties + 64,), -7)  # a fence behind the index
+        room = max(above + ties - short, 0)
+        index = torch.full((room + 64,), -7, dtype=dtype)
         indices.append(index)
-        rows.add(score.data_ptr(), score.numel(), 0, ties, index.data_ptr(), 1, above + ties)
+        rows.add(score.data_ptr(), score.numel(), 0, ties, index.data_ptr(), native.INDEX_DTYPES[dtype], room)
     native.call("ft_compact", rows, found.value, selected.data_ptr())
     for index, count, expected in zip(indices, selected.tolist(), stable_top_k(scores, 30_000), strict=True):
-        np.testing.assert_array_equal(index[:count].numpy(), expected)
-        assert (index[count:] == -7).all()
+        assert count == len(expected)
+        assert (index[-64:] == -7).all()
+        if not short:
+            np.testing.assert_array_equal(index[:-64].numpy(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,7 +18,7 @@ TINY = np.float32(1e-45)  # the smallest denormal
 
 @pytest.fixture
 def sampling(monkeypatch: pytest.MonkeyPatch) -> list[search.Bracket]:
-    """Small inputs are bracketed by a sample, too. Fills with the brackets that were tried: a read of the scores each."""
+    """Small inputs are bracketed by a sample, too. Lists the brackets that were tried: a read of the scores each."""
     tried: list[search.Bracket] = []
 
     def brackets(*arguments: object) -> Iterator[search.Bracket]:
@@ -79,7 +79,9 @@ def test_every_k_by_a_sample(backend: str, sampling: list, name: str) -> None:
 @pytest.mark.parametrize("small", [1, search.SMALL])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_list(backend: str, sampling: list, monkeypatch: pytest.MonkeyPatch, small: int, data: st.DataObject) -> None:
+def test_any_list(
+    backend: str, sampling: list, monkeypatch: pytest.MonkeyPatch, small: int, data: st.DataObject
+) -> None:
     """Random bit patterns, so that every exponent appears, mixed with few values, so that ties do."""
     monkeypatch.setattr(search, "SMALL", small)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -151,7 +153,9 @@ def test_a_sample_cannot_be_fooled(backend: str, sampling: list, name: str) -> N
     check_selection(list(scores.split([1, 17_000, 0, N - 17_001])), N // 20)
 
 
-@pytest.mark.parametrize("name", ["rising", "clustered", "in step with the runs", "in step with two runs", "heavy tail"])
+@pytest.mark.parametrize(
+    "name", ["rising", "clustered", "in step with the runs", "in step with two runs", "heavy tail"]
+)
 @pytest.mark.parametrize("k", [1, 400, N // 20, N // 2])
 def test_one_read_is_enough_for_the_usual(backend: str, sampling: list, name: str, k: int) -> None:
     fk.select_threshold(adversarial(name), k)
@@ -224,7 +228,9 @@ def test_a_crowded_bracket_is_not_tried(backend: str, sampling: list, monkeypatc
 def test_large_inputs_are_sampled(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     """The real limits: one read by the sample above SMALL, none below."""
     tried = []
-    monkeypatch.setattr(search, "sampled_bracket", lambda *a, of=search.sampled_bracket: tried.append(of(*a)) or tried[-1])
+    monkeypatch.setattr(
+        search, "sampled_bracket", lambda *a, of=search.sampled_bracket: tried.append(of(*a)) or tried[-1]
+    )
     scores = torch.rand(search.SMALL + 5, generator=generator)
     for k in (1, search.SMALL // 20, search.SMALL // 2):
         tried.clear()

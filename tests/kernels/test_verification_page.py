@@ -34,6 +34,7 @@ def invented_run(repeatable=True):
     check = {"kind": "check", "operator": "selection", "case": "x", "error": 0.5, "repeatable": True}
     return {
         "device": "Invented_Card", "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "quick": False, "goals": [],
+        "card": {"memory_gib": 80.0},
         "operators": {"selection": ["compact", "select_threshold"], "values": ["gather_values"]},
         "parts": {"check selection": {"state": "done", "records": [check, {**check, "repeatable": repeatable}]}},
     }  # fmt: skip
@@ -69,8 +70,8 @@ def test_a_result_file_fills_the_rows_of_its_operators_only(generator, tmp_path)
     }
 
 
-def test_files_of_quick_runs_and_other_benchmarks_are_no_gpu_runs(generator, tmp_path):
-    (tmp_path / "cpu-quick.json").write_text(json.dumps({**invented_run(), "quick": True}))
+def test_files_of_cpus_and_other_benchmarks_are_no_gpu_runs(generator, tmp_path):
+    (tmp_path / "cpu-quick.json").write_text(json.dumps({**invented_run(), "quick": True, "card": None}))
     (tmp_path / "cpu-2026.json").write_text(json.dumps({"machine": "2 cores", "benchmarks": []}))
     assert generator.gpu_runs(tmp_path) == []
 

@@ -572,6 +572,18 @@ def test_stochastic_bits_do_not_depend_on_param_groups_and_do_on_the_seed():
     assert not torch.equal(results[0]["weight"], results[2]["weight"])
 
 
+def test_parameters_with_equal_values_draw_different_bits():
+    params = {name: nn.Parameter(torch.ones(300, dtype=torch.bfloat16)) for name in ("first", "second")}
+    selection = select({name: torch.ones(300) for name in params}, fraction=1.0)
+    half_steps(SparseAdamW(params, selection, lr=0.0, weight_decay=0.0, rounding="stochastic"), params, 1)
+    assert torch.equal(params["first"], params["second"])  # nothing is dropped, nothing is random
+    for param in params.values():
+        param.grad = torch.ones_like(param)
+    SparseAdamW(params, selection, lr=2.0**-9, weight_decay=0.0, rounding="stochastic").step()
+    # Half of each round down; unrelated draws agree on about half of the elements.
+    assert 100 < int((params["first"] == params["second"]).sum()) < 200
+
+
 def test_float32_parameters_beside_stochastic_ones_step_as_ever():
     params = parameters()
     params["weight"] = nn.Parameter(params["weight"].detach().bfloat16())

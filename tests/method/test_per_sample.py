@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from fishertune import _torchvision  # noqa: F401  (before timm)
 from fishertune.domain import simulate_domain
 from fishertune.fisher.per_sample import PerSampleSquares, per_sample_fisher, require_information
-from fishertune_kernels import per_sample_squared_grad_
+from fishertune_kernels import per_sample_affine_squared_grad_, per_sample_squared_grad_
 
 timm = pytest.importorskip("timm")
 
@@ -272,6 +272,32 @@ def test_matrices_go_to_the_fused_kernel() -> None:
         per_sample_fisher(model, pixel_loss, [dense_batch()])
     sizes = sorted(call.args[0].numel() for call in kernel.call_args_list)
     assert sizes == sorted(weight.numel() for weight in matrices)
+
+
+def test_what_scales_and_shifts_goes_to_the_affine_kernel() -> None:
+    """In one pass each, also over several dimensions, with a factor, or where the bias alone is covered."""
+
+    class Affine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.planes = nn.LayerNorm(6), nn.LayerNorm((5, 6))
+            self.scale, self.position, self.table = (nn.Parameter(torch.rand(s)) for s in [(6,), (1, 5, 6), (5, 1)])
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.sub(self.norm(x) * self.scale, self.position, alpha=3)
+            return self.linear(self.planes(y.cos()) * self.table).sin()
+
+    model, x = randomise(Affine()), images(4, 5, 6)
+    names = [name for name, _ in model.named_parameters() if name != "linear.weight"]
+    expected = one_at_a_time(model, squares(model, x))
+    with mock.patch(
+        "fishertune.fisher.sums.per_sample_affine_squared_grad_", wraps=per_sample_affine_squared_grad_
+    ) as kernel:
+        got = per_sample_fisher(model, squares, [x], params=names)
+    assert_same(got, {name: expected[name] for name in names})
+    # norm, planes, scale, position, the Linear bias; the table is broadcast over the last dimension
+    assert kernel.call_count == 5
 
 
 def test_loop_that_is_not_ours() -> None:

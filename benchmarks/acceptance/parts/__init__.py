@@ -13,9 +13,11 @@ from . import (
     fisher,
     gaussian_perturb,
     limits,
+    per_sample_affine_squared_grad,
     per_sample_squared_grad,
     precision_update,
     profiles,
+    selected_grad_norm,
     selection,
     sparse_adamw,
     squared_grad_accumulate,
@@ -25,13 +27,25 @@ from . import (
 OPERATORS: tuple[Operator, ...] = (
     squared_grad_accumulate.OPERATOR,
     per_sample_squared_grad.OPERATOR,
+    per_sample_affine_squared_grad.OPERATOR,
     gaussian_perturb.OPERATOR,
     *precision_update.OPERATORS,
     dr_fim_score.OPERATOR,
     selection.OPERATOR,
     sparse_adamw.OPERATOR,
+    selected_grad_norm.OPERATOR,
     values.OPERATOR,
 )
+
+
+def cpu_parts() -> list[Part]:
+    """What a CPU can be measured by: operators that stream memory, beside its own copy bandwidth."""
+    streaming = [operator for operator in OPERATORS if operator is not per_sample_squared_grad.OPERATOR]
+    return [
+        *(operator.checks() for operator in streaming),
+        limits.PART,
+        *(part for goal in (True, False) for operator in streaming for part in operator.timings(goal)),
+    ]
 
 
 def all_parts() -> list[Part]:

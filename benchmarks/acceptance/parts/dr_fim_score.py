@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import fishertune_kernels as fk
 from fishertune_kernels.dr_fim_score import reference
 
 from ..compare import (
+    FLOATS,
     ODD_SHAPES,
     WINDOW,
     Case,
@@ -23,12 +25,15 @@ from ..compare import (
     dtypes_and_layouts,
     error,
     read_only,
+    short,
     window,
     written,
+    wrong,
 )
 from ..measure import Bench, Shape, count, elements
 from ..operator import Call, Operator, Timed
 from ..race import CHUNKS, Work, tiles, with_variants
+from .selection import FRACTION, SHAPES
 
 NAME = "dr_fim_score"
 KINDS = ("f", "delta_f", "dr_fim", "dr_fim_variational")
@@ -57,6 +62,29 @@ def cases(bench: Bench) -> Iterator[Case]:
                 return [*alone, *mean]
 
             yield Case(f"{kind} {name}", run, close([*expected, *expected], **TOLERANCE))
+    for dtype in FLOATS:
+        yield _with_threshold(bench, dtype)
+
+
+def _with_threshold(bench: Bench, dtype: torch.dtype) -> Case:
+    """Scores and threshold in one pass: the scores are right, and the selection is that of these very scores."""
+    fisher, shifted = bench.positives(SHAPES, dtype), bench.positives(SHAPES, dtype)
+    k = count(SHAPES) // 20
+    expected = reference.dr_fim_score(doubles(fisher), doubles(shifted), **DR_FIM)
+
+    def run() -> Outputs:
+        scores = [torch.full_like(f, math.nan, dtype=torch.float32) for f in fisher]
+        threshold = fk.dr_fim_threshold_(scores, fisher, shifted, k, count=1, **DR_FIM)
+        return [*scores, *fk.compact(scores, threshold)]
+
+    def off(actual: Outputs) -> float:
+        scores, indices = actual[: len(expected)], actual[len(expected) :]
+        top = torch.cat([score.flatten() for score in scores]).neg().sort(stable=True).indices[:k].sort().values
+        starts = itertools.accumulate([0, *(math.prod(shape) for shape in SHAPES[:-1])])
+        found = torch.cat([index.long() + start for index, start in zip(indices, starts, strict=True)])
+        return max(error(scores, expected, **TOLERANCE), wrong([found], [top]))
+
+    return Case(f"with its threshold, {short(dtype)}", run, off)
 
 
 def large(bench: Bench) -> Iterator[Case]:
@@ -102,6 +130,26 @@ def torch_eager_mean(problem: Fishers) -> Callable[[], list[Tensor]]:
     return call
 
 
+def mean_and_threshold(problem: Fishers) -> Callable[[], list[Tensor]]:
+    k = int(FRACTION * sum(mean.numel() for mean in problem.mean))
+
+    def call() -> list[Tensor]:
+        found = fk.dr_fim_threshold_(problem.mean, problem.fisher, problem.shifted, k, count=2, **DR_FIM)
+        return [torch.tensor([found.value])]
+
+    return call
+
+
+def mean_then_threshold(problem: Fishers) -> Callable[[], list[Tensor]]:
+    k = int(FRACTION * sum(mean.numel() for mean in problem.mean))
+
+    def call() -> list[Tensor]:
+        fk.dr_fim_score_(problem.mean, problem.fisher, problem.shifted, count=2, **DR_FIM)
+        return [torch.tensor([fk.select_threshold(problem.mean, k).value])]
+
+    return call
+
+
 def works(bench: Bench) -> Iterator[Work[Fishers]]:
     shapes, reduced = bench.backbone(bytes_per_element=16)
 
@@ -120,6 +168,11 @@ def works(bench: Bench) -> Iterator[Work[Fishers]]:
         NAME, "running mean", f"running mean, {what}", lambda: problem(ODD_SHAPES), lambda: problem(shapes),
         running_mean, differs, {"torch eager": torch_eager_mean}, n_bytes=16 * n, flops=9 * n, reduced=reduced,
     )  # fmt: skip
+    yield Work(
+        NAME, "with threshold", f"running mean and threshold, {what}", lambda: problem(SHAPES),
+        lambda: problem(shapes), mean_and_threshold, wrong, {"two calls": mean_then_threshold}, n_bytes=16 * n,
+        flops=13 * n, reduced=reduced,
+    )  # fmt: skip
 
 
 def variants(bench: Bench) -> Iterator[Work[Fishers]]:
@@ -136,6 +189,6 @@ def calls(bench: Bench) -> Iterator[Call]:
 
 
 OPERATOR = Operator(
-    NAME, (NAME, "dr_fim_score_"), cases, large, 17 << 31, (Timed("stream", works, goal=True, seconds=12),), variants,
-    calls,
+    NAME, (NAME, "dr_fim_score_", "dr_fim_threshold_"), cases, large, 17 << 31,
+    (Timed("stream", works, goal=True, seconds=15),), variants, calls,
 )  # fmt: skip

@@ -30,10 +30,11 @@ def limits(bench: Bench) -> Iterator[Record]:
     size = max(rates, key=lambda name: rates[name])
     yield Limit(COPY, f"best of {', '.join(rates)}: {size}", rates[size])
 
-    m = 128 if bench.quick else 8192
+    cuda = bench.device.type == "cuda"
+    m = 8192 if cuda else 128 if bench.quick else 1024
     square, tokens = f"{m}³", 8 * 1025
     products = {square: (m, m, m)}
-    if not bench.quick:
+    if cuda:
         products |= {f"ViT-L, {tokens} tokens, {out}×{in_}": (out, tokens, in_) for out, in_ in VIT_L}
     rates = {}
     for name, (rows, inner, columns) in products.items():

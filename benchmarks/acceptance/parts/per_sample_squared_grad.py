@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fishertune_kernels as fk
+from fishertune_kernels.per_sample_squared_grad import tiles
 
 from ..compare import (
     FLOATS,
@@ -25,7 +26,7 @@ from ..compare import (
 )
 from ..measure import Bench, Rotation
 from ..operator import Operator, Timed
-from ..race import Contender, Work, tiles, with_variants
+from ..race import Contender, Work, with_variants
 
 NAME = "per_sample_squared_grad_"
 ODD = ((3, 100, 200, 136), (2, 33, 129, 257), (1, 1, 1, 1), (4, 64, 128, 128))
@@ -41,6 +42,29 @@ def cases(bench: Bench) -> Iterator[Case]:
     yield _squares(bench, "bf16 inputs, fp32 gradients", torch.bfloat16, torch.float32, "contiguous")
     for layout in ("strided", "unaligned"):
         yield _squares(bench, f"bf16, {layout}", torch.bfloat16, torch.bfloat16, layout)
+    yield _heads_and_windows(bench)
+
+
+def _heads_and_windows(bench: Bench) -> Case:
+    """Weights of their own for every head, from transposed inputs; windows that belong to one sample."""
+    N, H, T, O, I = 3, 2, 50, 40, 72  # noqa: E741
+    x = bench.normal((N, T, H, I), torch.bfloat16).transpose(1, 2)
+    dy = bench.normal((N, T, H, O), torch.bfloat16).transpose(1, 2)
+    per_head = torch.einsum("nhto,nhti->nhoi", dy.double(), x.double()).square().sum(0)
+    windows_x, windows_dy = bench.normal((6, 49, I), torch.bfloat16), bench.normal((6, 49, O), torch.bfloat16)
+    joined = windows_x.double().view(2, 3 * 49, I), windows_dy.double().view(2, 3 * 49, O)
+    per_sample = torch.einsum("nto,nti->noi", joined[1], joined[0]).square().sum(0)
+
+    def run() -> Outputs:
+        heads, windows = torch.zeros(H, O, I, device=bench.device), torch.zeros(O, I, device=bench.device)
+        fk.per_sample_squared_grad_(heads, x, dy)
+        fk.per_sample_squared_grad_(windows, windows_x, windows_dy, samples=2)
+        return [heads, windows]
+
+    def off(actual: Outputs) -> float:
+        return error(actual, [per_head, per_sample], rtol=5e-6, atol=147 * 5e-6)
+
+    return Case("bf16, heads and windows", run, off)
 
 
 def _squares(bench: Bench, name: str, x_dtype: torch.dtype, dy_dtype: torch.dtype, layout: str) -> Case:
@@ -182,24 +206,32 @@ def layers_of(model: str, dtype: torch.dtype) -> Callable[[Bench], Iterator[Work
     return works
 
 
-TILES = [
-    {"BLOCK_O": o, "BLOCK_I": i, "BLOCK_T": t, "num_warps": warps, "num_stages": stages}
-    for o, i, t, warps, stages in (
-        (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
-    )
-]  # fmt: skip
+def with_config(config: Any = None, splits: int | None = None) -> Contender[Rotation[Layer]]:
+    """The Triton kernel with another tile or loop than its table says, or with its samples split."""
+
+    def contender(layers: Rotation[Layer]) -> Callable[[], list[Tensor]]:
+        triton = importlib.import_module("fishertune_kernels.per_sample_squared_grad.triton")
+
+        def call() -> list[Tensor]:
+            layer = layers.next()
+            heads = layer.F_OI[None], layer.x_NTI[:, None], layer.dy_NTO[:, None]
+            triton.per_sample_squared_grad_(*heads, config=config, splits=splits)
+            return [layer.F_OI]
+
+        return call
+
+    return contender
 
 
 def variants(bench: Bench) -> Iterator[Work[Rotation[Layer]]]:
-    """Other ways to do the same product: add a row to this dictionary."""
-
-    def table(module: ModuleType) -> dict[str, int]:
-        config: dict[str, int] = module.CONFIGS[module._architecture(bench.device), "half"]
-        return config
-
-    rows: dict[str, Contender[Rotation[Layer]]] = {
-        **tiles("per_sample_squared_grad", ours, TILES, table),
-    }
+    """Other ways to do the same product: add a row to this dictionary, or a tile to VARIANTS of ``tiles.py``."""
+    half = (
+        "sm_90" if bench.device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0) else "sm_80",
+        "half",
+    )
+    rows = {name: with_config(config) for name, config in tiles.VARIANTS[half].items()}
+    rows |= {f"tile {i}": with_config(config) for i, config in enumerate(tiles.TABLE[half])}
+    rows |= {f"{splits} splits": with_config(splits=splits) for splits in (1, 2, 4)}
     for work_ in layers_of("ViT-L", torch.bfloat16)(bench):
         yield with_variants(work_, rows)
 

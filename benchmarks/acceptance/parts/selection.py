@@ -32,7 +32,7 @@ from ..compare import (
 )
 from ..measure import Bench, Shape, count, elements
 from ..operator import Operator, Timed
-from ..race import CHUNKS, Work, tiles, with_variants
+from ..race import CHUNKS, Work, tiles, with_backend, with_variants
 
 THRESHOLD, COMPACT = "select_threshold", "compact"
 FRACTION = 0.05
@@ -55,6 +55,8 @@ def cases(bench: Bench) -> Iterator[Case]:
             yield _selects(f"{name} {short(dtype)}, {layout}", read_only(scores, layout))
     for dtype, bits in itertools.product(FLOATS, (8, 11)):
         yield _counts(f"{bits}-bit digits {short(dtype)}", bench.normals(ODD_SHAPES, dtype), bits)
+    for dtype in FLOATS:
+        yield _brackets(f"bracket {short(dtype)}", bench.normals(ODD_SHAPES, dtype))
 
 
 def _selects(name: str, scores: list[Tensor]) -> Case:
@@ -83,6 +85,19 @@ def _counts(name: str, scores: list[Tensor], bits: int) -> Case:
         lambda: [fk.key_histogram(scores, **digit) for digit in (first, second)],
         lambda actual: wrong(actual, expected),
     )
+
+
+def _brackets(name: str, scores: list[Tensor]) -> Case:
+    """Keys of the scores from 0.5 to 1.5, in any order, and none of them where they are more than asked for."""
+    bracket = {"low": 0xBF000000, "high": 0xBFC00000}
+    counts, candidates = reference.collect_bracket(scores, **bracket, capacity=scores[-1].numel())
+
+    def run() -> Outputs:
+        found = fk.collect_bracket(scores, **bracket, capacity=scores[-1].numel())
+        return [found[0], found[1].sort().values, *fk.collect_bracket(scores, **bracket, capacity=10)]
+
+    nothing = candidates[:0]
+    return Case(name, run, lambda actual: wrong(actual, [counts, candidates.sort().values, counts, nothing]))
 
 
 def large(bench: Bench) -> Iterator[Case]:
@@ -183,12 +198,16 @@ def compact_works(bench: Bench) -> Iterator[Work[Scores]]:
 
 
 def variants(bench: Bench) -> Iterator[Work[Scores]]:
-    yield with_variants(threshold_work(bench), tiles("select_threshold", threshold, CHUNKS))
-    yield replace(with_variants(compact_work(bench), tiles("compact", compact, CHUNKS)), differs=wrong)
+    """Other ways to select: add a row to these dictionaries."""
+    cuda = "select_threshold=cuda,compact=cuda"
+    thresholds = {"CUDA C++": with_backend(threshold, cuda), **tiles("select_threshold", threshold, CHUNKS)}
+    yield with_variants(threshold_work(bench), thresholds)
+    compactions = {"CUDA C++": with_backend(compact, cuda), **tiles("compact", compact, CHUNKS)}
+    yield replace(with_variants(compact_work(bench), compactions), differs=wrong)
 
 
 OPERATOR = Operator(
-    THRESHOLD, (THRESHOLD, "key_histogram", COMPACT), cases, large, 7 << 31,
+    THRESHOLD, (THRESHOLD, "key_histogram", "collect_bracket", COMPACT), cases, large, 7 << 31,
     (Timed("5 %", threshold_works, seconds=20, goal=True), Timed("compact", compact_works)), variants,
     check_seconds=20,
 )  # fmt: skip

@@ -3,6 +3,7 @@ is the least a GPU moves."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from ..compare import (
     short,
     window,
     written,
+    wrong,
 )
 from ..measure import Bench, Shape, count, elements
 from ..operator import Call, Operator, Timed
@@ -47,6 +49,63 @@ def cases(bench: Bench) -> Iterator[Case]:
     yield _step(bench, "bf16, int64 indices, gated", torch.bfloat16, torch.int64, gated=True)
     for layout in LAYOUTS[1:]:
         yield _step(bench, f"bf16, {layout}", torch.bfloat16, layout=layout, master=True)
+    yield _stochastic(bench)
+    yield _compact_gradients(bench)
+
+
+def _stochastic(bench: Bench) -> Case:
+    """Steps of a tenth of a unit in the last place: rounded to nearest none is seen, at random all are on average."""
+    params = [p.clamp(min=0.5).to(torch.bfloat16) for p in bench.positives(ODD_SHAPES)]
+    grads = [torch.ones_like(p) for p in params]
+    indices = bench.selection(ODD_SHAPES, 0.3)
+    compact: list[Shape] = [tuple(index.shape) for index in indices]
+    options = {**ADAMW, "lr": 4e-4, "step": 1}
+    exact, moments = doubles(params), [bench.zeros(compact, torch.float64) for _ in range(2)]
+    reference.sparse_adamw_(exact, doubles(grads), indices, *moments, **options)
+    at = _selected(exact, indices)
+
+    def run() -> Outputs:
+        moved, state = written(params, "contiguous"), [bench.zeros(compact) for _ in range(2)]
+        fk.sparse_adamw_(moved, grads, indices, *state, **options, rounding="stochastic", seed=7)
+        return moved
+
+    def off(actual: Outputs) -> float:
+        units = (_selected(actual, indices).double() - at) / torch.exp2(at.log2().floor() - 7)
+        # A draw is off by less than a unit (beside float32's own rounding), its standard deviation at most one half.
+        largest = float(units.abs().max()) / 1.001
+        mean = float(units.sum().abs()) / (5 * 0.5 * math.sqrt(units.numel()))
+        rest = [tensor.clone() for tensor in actual]
+        for tensor, before, index in zip(rest, params, indices, strict=True):
+            tensor.view(-1)[index.long()] = before.view(-1)[index.long()]
+        return max(largest, mean, wrong(rest, params))
+
+    return Case("bf16, stochastic rounding", run, off)
+
+
+def _selected(tensors: Outputs, indices: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten()[index.long()] for tensor, index in zip(tensors, indices, strict=True)])
+
+
+def _compact_gradients(bench: Bench) -> Case:
+    """Gradients of the selected elements alone, and their factor on the device, give the bits of dense ones."""
+    params, grads = bench.normals(ODD_SHAPES, torch.bfloat16), bench.normals(ODD_SHAPES, torch.bfloat16)
+    indices = bench.selection(ODD_SHAPES, 0.3)
+    compact: list[Shape] = [tuple(index.shape) for index in indices]
+    options = {**ADAMW, "lr": 0.01, "step": 1}
+
+    def step(**gradients: Any) -> list[Tensor]:
+        moved, state = written(params, "contiguous"), [bench.zeros(compact) for _ in range(2)]
+        given = gradients.pop("grads")
+        fk.sparse_adamw_(moved, given, indices, *state, **options, **gradients)
+        return [*moved, *state[0], *state[1]]
+
+    expected = step(grads=grads, grad_scale=0.5)
+    factor = torch.full((), 0.5, device=bench.device)
+
+    def run() -> Outputs:
+        return step(grads=torch.cat(fk.gather_values(grads, indices)), compact_grads=True, grad_scale=factor)
+
+    return Case("bf16, compact gradients, factor on the device", run, lambda actual: wrong(actual, expected))
 
 
 def _step(
@@ -149,6 +208,17 @@ def with_master(problem: Step) -> Callable[[], list[Tensor]]:
     return call
 
 
+def stochastically_rounded(problem: Step) -> Callable[[], list[Tensor]]:
+    state = _zeros(problem)
+
+    def call() -> list[Tensor]:
+        options = {**ADAMW, "step": 1, "rounding": "stochastic", "seed": 7}
+        fk.sparse_adamw_(problem.params, problem.grads, problem.indices, *state, **options)
+        return problem.params
+
+    return call
+
+
 def torch_fused_dense(problem: Step) -> Callable[[], list[Tensor]]:
     """Steps every element, with moments in the parameters' dtype."""
     dense = [torch.nn.Parameter(p) for p in problem.params]
@@ -227,6 +297,7 @@ def other_works(bench: Bench) -> Iterator[Work[Step]]:
 def variants(bench: Bench) -> Iterator[Work[Step]]:
     configs = [{"BLOCK": block, "num_warps": warps} for block, warps in ((256, 2), (512, 4), (1024, 8), (2048, 8))]
     rivals = {**tiles("sparse_adamw", ours, configs), "with fp32 master copy": with_master}
+    rivals["stochastic rounding"] = stochastically_rounded
     yield with_variants(work(bench, torch.bfloat16, "random"), rivals)
 
 

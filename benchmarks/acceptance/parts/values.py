@@ -56,9 +56,13 @@ def _moves(bench: Bench, name: str, dtype: torch.dtype, index_dtype: torch.dtype
         result = written(targets, layout_)
         gathered = fk.gather_values(read_only(tensors, layout_), indices)
         fk.scatter_values_(result, indices, read_only(values, layout_))
-        return [*gathered, *result]
+        buffer = torch.empty(sum(index.numel() for index in indices), dtype=dtype, device=bench.device)
+        fk.gather_values(read_only(tensors, layout_), indices, out=buffer)
+        again = written(targets, layout_)
+        fk.scatter_values_(again, indices, buffer)
+        return [*gathered, *result, buffer, *again]
 
-    return Case(name, run, lambda actual: wrong(actual, [*values, *expected]))
+    return Case(name, run, lambda actual: wrong(actual, [*values, *expected, torch.cat(values), *expected]))
 
 
 def large(bench: Bench) -> Iterator[Case]:

@@ -12,9 +12,7 @@ def compact(scores: list[torch.Tensor], threshold: Threshold) -> list[torch.Tens
     selected = torch.empty(len(scores), dtype=torch.int64, device="cpu")
     indices = []
     rows = Rows()
-    for tensor, greater, ties in zip(
-        scores, threshold.greater_per_tensor, threshold.ties_kept_per_tensor, strict=True
-    ):
+    for tensor, greater, ties in zip(scores, threshold.greater_per_tensor, threshold.ties_kept_per_tensor, strict=True):
         dtype = torch.int32 if tensor.numel() <= 2**31 else torch.int64
         index = torch.empty(greater + ties, dtype=dtype, device="cpu")
         indices.append(index)

@@ -91,8 +91,8 @@ def dr_fim_threshold_(
 ) -> Threshold:
     """:func:`dr_fim_score_` and :func:`select_threshold` of the new scores, in one pass over memory.
 
-    The pass that writes the scores also counts them, so that the threshold costs no read of its own (but where masses of
-    scores are equal). The results are those of the two calls, exactly.
+    The pass that writes the scores also counts them: the threshold costs no read of its own, except where masses of
+    scores are equal or there are few. The results are those of the two calls, exactly.
 
     Args:
         scores, fisher, shifted, count, kind, c, gamma, prior_precision, eps: as for :func:`dr_fim_score_`.

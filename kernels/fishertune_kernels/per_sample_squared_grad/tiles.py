@@ -35,19 +35,31 @@ class Config:
 
 
 # By architecture and operand type. Hopper's matrix units read deep tiles from shared memory; others hold operands in
-# registers beside the two accumulators. The last entry of a list is for weights of few rows or columns.
-TABLE: dict[tuple[str, str], list[Config]] = {
-    ("sm_80", "half"): [Config(128, 128, 32, 8, 4), Config(64, 64, 32, 4, 4)],
-    ("sm_90", "half"): [Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)],
-    ("gfx942", "half"): [Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2)],
-    ("sm_80", "float"): [Config(64, 128, 16, 8, 3), Config(64, 64, 16, 4, 3)],
-    ("sm_90", "float"): [Config(64, 128, 16, 8, 3), Config(64, 64, 16, 4, 3)],
-    ("gfx942", "float"): [Config(64, 128, 16, 8, 2), Config(64, 64, 16, 4, 2)],
-    ("interpreter", "half"): [Config(32, 32, 16, 4, 2)],
-    ("interpreter", "float"): [Config(32, 32, 16, 4, 2)],
+# registers beside the two accumulators. "narrow" is for weights of few rows or columns, "short" for few tokens.
+TABLE: dict[tuple[str, str], dict[str, Config]] = {
+    ("sm_80", "half"): {
+        "wide": Config(128, 128, 32, 8, 4),
+        "narrow": Config(64, 64, 32, 4, 4),
+        "short": Config(128, 128, 16, 8, 3),
+    },
+    ("sm_90", "half"): {
+        "wide": Config(128, 128, 64, 8, 3),
+        "narrow": Config(64, 64, 64, 4, 4),
+        "short": Config(128, 128, 32, 8, 3),
+    },
+    ("gfx942", "half"): {
+        "wide": Config(128, 128, 32, 8, 2),
+        "narrow": Config(64, 64, 32, 4, 2),
+        "short": Config(128, 128, 16, 8, 2),
+    },
+    ("sm_80", "float"): {"wide": Config(64, 128, 16, 8, 3), "narrow": Config(64, 64, 16, 4, 3)},
+    ("sm_90", "float"): {"wide": Config(64, 128, 16, 8, 3), "narrow": Config(64, 64, 16, 4, 3)},
+    ("gfx942", "float"): {"wide": Config(64, 128, 16, 8, 2), "narrow": Config(64, 64, 16, 4, 2)},
+    ("interpreter", "half"): {"wide": Config(32, 32, 16, 4, 2)},
+    ("interpreter", "float"): {"wide": Config(32, 32, 16, 4, 2)},
 }
 
-# What benchmarks time against the first entries; compiled by the tests, too.
+# What benchmarks time against "wide"; compiled by the tests, too.
 VARIANTS: dict[tuple[str, str], dict[str, Config]] = {
     ("sm_80", "half"): {"flat": Config(128, 128, 32, 8, 4, flat=True)},
     ("sm_90", "half"): {
@@ -61,16 +73,20 @@ VARIANTS: dict[tuple[str, str], dict[str, Config]] = {
 NARROW = 64
 """Weights with no more rows, or columns, than this take the small tile: more of the large one would be empty."""
 
+SHORT = 32
+"""Samples of no more tokens take the tile that is not as deep."""
+
 FLOPS_PER_BYTE = 128
 """Matrix operations in the time of one byte of memory traffic, at 60 % of the peak of an A100 (92) or an H100 (177)."""
 
 MAX_SPLITS = 16
 
 
-def choose_config(architecture: str, operands: str, O: int, I: int) -> Config:  # noqa: E741
-    """The tile for a weight of O × I."""
+def choose_config(architecture: str, operands: str, T: int, O: int, I: int) -> Config:  # noqa: E741
+    """The tile for a weight of O × I and samples of T tokens."""
     configs = TABLE[architecture, operands]
-    return configs[-1 if min(O, I) <= NARROW else 0]
+    kind = "narrow" if min(O, I) <= NARROW else "short" if T <= SHORT else "wide"
+    return configs.get(kind, configs["wide"])
 
 
 def choose_splits(config: Config, processors: int, heads: int, N: int, T: int, O: int, I: int) -> int:  # noqa: E741

@@ -173,7 +173,7 @@ def per_sample_squared_grad_(
         x_NHTI, dy_NHTO = x_NHTI.float(), dy_NHTO.float()
     if N and T and accumulator_HOI.numel():
         architecture, processors = _card(device)
-        config = config or choose_config(architecture, "half" if half else "float", O, I)
+        config = config or choose_config(architecture, "half" if half else "float", T, O, I)
         splits = min(splits or choose_splits(config, processors, H, N, T, O, I), N)
         _square_products(accumulator_HOI, x_NHTI, dy_NHTO, float(weight), config, splits)
     if bias_accumulator_HO is not None:

@@ -61,9 +61,7 @@ def key_histogram(
         return torch.ops.fishertune.key_histogram(as_list("scores", scores), shift, bits, prefix_mask, prefix)
 
 
-def collect_bracket(
-    scores: Tensor | Sequence[Tensor], *, low: int, high: int, capacity: int
-) -> tuple[Tensor, Tensor]:
+def collect_bracket(scores: Tensor | Sequence[Tensor], *, low: int, high: int, capacity: int) -> tuple[Tensor, Tensor]:
     """What lies above and inside a bracket of keys (see :func:`key_histogram`): one read of the scores.
 
     Args:
@@ -72,9 +70,9 @@ def collect_bracket(
         capacity: how many candidates to return at most.
 
     Returns:
-        int64 tensors on the scores' device: ``counts_L3``, for each tensor the number of keys above the bracket, of keys
-        inside and of NaN, which are neither; and the candidates, (tensor number << 32) | key of every score inside, in
-        any order, or none where more than ``capacity`` lie inside.
+        int64 tensors on the scores' device: ``counts_L3``, for each tensor the number of keys above the bracket, of
+        keys inside and of NaN, which are neither; and the candidates, (tensor number << 32) | key of every score
+        inside, in any order, or none where more than ``capacity`` lie inside.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, naming the value and the remedy.

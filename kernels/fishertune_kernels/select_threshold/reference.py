@@ -37,7 +37,7 @@ def key_histogram(scores: list[torch.Tensor], shift: int, bits: int, prefix_mask
 
 
 def sample_scores(scores: list[torch.Tensor], stride: int) -> torch.Tensor:
-    """One score from each run of ``stride`` elements of each tensor, in float32; NaN where the last, shorter run has none.
+    """One score, in float32, from each run of ``stride`` elements of each tensor; NaN where a last run has none there.
 
     Multiples of the golden ratio choose the place within the runs: spread evenly, in step with no period.
     """

@@ -144,10 +144,10 @@ def sample(scores: list[Tensor], stride: int) -> Tensor:
 def sampled_bracket(drawn: Tensor, k: int, n: int, group: dist.ProcessGroup | None) -> Bracket | None:
     """A bracket that very likely holds the k-th largest and not many scores more; None if it would hold too many.
 
-    One score was drawn from each of m = n/stride runs. Let X be how many of these are among the k largest: a sum of
-    independent draws with mean k/stride and, because p ↦ p(1 − p) is concave, a variance of at most m·p(1 − p), p = k/n.
-    The k-th largest therefore lies between the sample's ranks k/stride ± a few deviations; one deviation more, plus one
-    rank, covers the skewed tails where p·m is small.
+    One score was drawn from each of m = n/stride runs. Let X be how many of these are among the k largest: as if drawn
+    independently, its mean is k/stride and its variance at most that of the binomial distribution, m·p(1 − p) with
+    p = k/n (smaller where runs differ, p ↦ p(1 − p) being concave). The k-th largest is inside unless X leaves the
+    sample's ranks k/stride ± DEVIATIONS·(σ + 1); the one covers the skewed tail where σ is small.
     """
     stride = sampling_stride(n)
     rank = k / stride
@@ -211,7 +211,7 @@ def _search_float64(scores: list[Tensor], k: int, n: int, group: dist.ProcessGro
 def _ranked_keys(
     scores: list[Tensor], ranks: Sequence[int], width: int, group: dist.ProcessGroup | None
 ) -> list[Ranked]:
-    """Radix search: each pass counts one digit of the keys, top first, under what is known of them. NaN are left out."""
+    """Radix search: each pass counts one digit of the keys, top first, under the digits found so far. Skips NaN."""
     device = scores[0].device
     histogram = torch.ops.fishertune.key_histogram.default
     found = [Ranked(0, 0, 0)] * len(ranks)

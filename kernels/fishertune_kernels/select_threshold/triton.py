@@ -1,8 +1,8 @@
 """Counts, samples and brackets of order-preserving keys on GPUs: one read of the scores.
 
-A histogram's fixed number of programs walk over the chunks and keep their counts in registers; integer atomics add them
-up, which is exact in any order. A bracket's counts are stored chunk by chunk and summed per tensor; one integer atomic a
-chunk reserves room for its candidates, whose order has no meaning.
+A histogram's fixed number of programs walk over the chunks and keep their counts in registers; integer atomics add
+them up, which is exact in any order. A bracket's counts are stored chunk by chunk and summed per tensor; one integer
+atomic a chunk reserves room for its candidates, whose order has no meaning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import reference
 from ..triton_common import (
     INTERPRETED,
     TL_DTYPES,
@@ -27,9 +26,10 @@ from ..triton_common import (
     pointer,
     signed_word,
 )
+from . import reference
 
 CONFIG = {"BLOCK": 2048, "num_warps": 8}
-COLLECT_CONFIG = {"BLOCK": 2048, "num_warps": 8}  # with 4096 an AMD kernel spills
+COLLECT_CONFIG = {"BLOCK": 2048, "num_warps": 8}  # with eight scores a lane an AMD kernel spills
 SAMPLE_CONFIG = {"BLOCK": 256, "num_warps": 2}
 GOLDEN_RATIO = tl.constexpr(reference.GOLDEN_RATIO)
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -176,7 +176,7 @@ def collect(
     tl.store(counts + program, tl.sum(above.to(tl.int32), axis=0))
     tl.store(counts + n_chunks + program, found)
     tl.store(counts + 2 * n_chunks + program, tl.sum((inside & nan).to(tl.int32), axis=0))
-    if KEEP:
+    if KEEP:  # noqa: SIM102 - known to the compiler, unlike `found`
         if found > 0:
             first = tl.atomic_add(cursor, found.to(tl.int64), sem="relaxed")
             position = first + tl.cumsum(between.to(tl.int32), axis=0).to(tl.int64) - 1

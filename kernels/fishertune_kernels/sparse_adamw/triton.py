@@ -154,8 +154,7 @@ def sparse_adamw_(
     rows = (params, grads, exp_avg, exp_avg_sq, scores if gated else exp_avg, master or exp_avg, indices)
     for *group, offsets_ in by_dtype(*rows, offsets or [0] * len(params)):
         params_, grads_, mean_, *_, indices_ = group
-        draws = {} if seed is None else {"offsets": offsets_, "whole_draws": False}
-        table = list_table(CONFIG["BLOCK"], *group, scattered=2, **draws)
+        table = list_table(CONFIG["BLOCK"], *group, offsets=None if seed is None else offsets_, scattered=2)
         launch(
             sparse_adamw_kernel,
             table.n_chunks,

@@ -49,6 +49,16 @@ def test_stochastic_rounding_has_the_references_bits(gated):
     fence.check()
 
 
+def test_a_finite_step_never_rounds_to_infinity():
+    largest, n = float(torch.finfo(torch.bfloat16).max), 100
+    param = torch.full((n,), largest, dtype=torch.bfloat16)
+    fk.sparse_adamw_(
+        param, -torch.ones(n), torch.arange(n), torch.zeros(n), torch.zeros(n), lr=2.0**118, betas=(0.0, 0.0), eps=0.0,
+        weight_decay=0.0, step=1, rounding="stochastic",
+    )  # fmt: skip
+    assert (param == largest).all()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_compact_gradients_and_a_scale_on_the_device_step_alike(dtype):
     indices, grads = selection(4), normal(SIZES, dtype, seed=5)
