@@ -372,10 +372,10 @@ def test_a_variant_replaces_the_tiles_of_its_own_calls_only(bench):
     def ours(problem):
         return lambda: seen.append(dict(module.CONFIG)) or [problem]
 
-    (variant,) = race.tiles("compact", ours, [{"BLOCK": 64}]).values()
+    (variant,) = race.tiles("compact", ours, [{"BLOCK": 64, "num_stages": 2}]).values()
     variant(torch.ones(1))()
     ours(torch.ones(1))()
-    assert seen == [{**before, "BLOCK": 64}, before] and before == module.CONFIG
+    assert seen == [{**before, "BLOCK": 64, "num_stages": 2}, before] and before == module.CONFIG
 
 
 # Right or wrong -------------------------------------------------------------------------------------------------------
