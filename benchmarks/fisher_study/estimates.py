@@ -56,7 +56,7 @@ class ExactSums:
     def __init__(self, problem: Problem, folder: Path, sample: str, cuts: Sequence[int], labels: str) -> None:
         self._problem, self._sample, self._labels = problem, sample, labels
         self._folder = folder / f"exact-{sample}-{labels}"
-        # Of labels drawn from the model: the same after a resume, and never the same in two samples, which would then
+        # Of labels drawn from the model: the same after a resume, and never the same in two samples, which could then
         # agree on more than the Fisher.
         self._seed = 1_000_000 * list(problem.samples).index(sample)
         self.pieces = list(zip([0, *cuts[:-1]], cuts, strict=True))
