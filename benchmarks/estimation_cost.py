@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,36 +170,13 @@ def _exact_curves(
 
 
 def _spread(problem: Problem, plan: Plan, samples: dict[str, ExactSums], results: Results, reporter: Reporter) -> None:
-    """What limits the overlap: replicates, half against half, and how unequal the images are."""
+    """What limits the overlap: how far samples of one size differ, and how unequal the images are."""
     spread = results.data["spread"]
-    starts = range(0, plan.reference - plan.group + 1, plan.group)
-    if "replicates" not in spread:
-        found: dict[str, list[float]] = {"replicates": [], "nested": []}
-        for yardstick in samples:
-            against = Reference(samples[yardstick].sum(0, plan.reference), problem.candidates, problem.k)
-            for name, sums in samples.items():
-                groups = (sums.sum(start, start + plan.group) for start in starts)
-                found["nested" if name == yardstick else "replicates"] += [
-                    against.compare(g)["overlap"] for g in groups
-                ]
-        for kind, overlaps in found.items():
-            mean, deviation = statistics.mean(overlaps), statistics.stdev(overlaps)
-            spread[kind] = {
-                "images": plan.group,
-                "overlaps": overlaps,
-                "mean": round(mean, 5),
-                "deviation": round(deviation, 5),
-            }
-        results.save()
-    if "pairs" not in spread:
-        pairs = []
-        for start in starts:
-            against = Reference(samples["reference"].sum(start, start + plan.group), problem.candidates, problem.k)
-            pairs.append(against.compare(samples["estimate"].sum(start, start + plan.group))["overlap"])
-        spread["pairs"] = {"images": plan.group, "overlaps": pairs, "mean": round(statistics.mean(pairs), 5)}
+    if "samples" not in spread:
+        spread["samples"] = _samples_against_one_another(problem, plan, samples)
         results.save()
     if "relative_variance" not in spread:
-        spread["relative_variance"] = _relative_variance(problem, plan, samples, starts)
+        spread["relative_variance"] = _relative_variance(problem, plan, samples)
         results.save()
     if "images" not in spread:
         with reporter.bar("weight of each image", plan.traces) as bar:
@@ -215,9 +192,34 @@ def _spread(problem: Problem, plan: Plan, samples: dict[str, ExactSums], results
         results.save()
 
 
-def _relative_variance(
-    problem: Problem, plan: Plan, samples: dict[str, ExactSums], starts: Sequence[int]
-) -> dict[str, float]:
+def _samples_against_one_another(
+    problem: Problem, plan: Plan, samples: dict[str, ExactSums]
+) -> dict[str, dict[str, Any]]:
+    """Overlap of replicates with the large sample of the other frames (``disjoint``), with the one that contains them
+    (``nested``), with one another (``pairs``), and of the two large samples (``ceiling``)."""
+    starts = range(0, plan.reference - plan.group + 1, plan.group)
+    groups = {name: [sums.sum(start, start + plan.group) for start in starts] for name, sums in samples.items()}
+    found: dict[str, list[float]] = {"disjoint": [], "nested": [], "pairs": [], "ceiling": []}
+    large = {name: sums.sum(0, plan.reference) for name, sums in samples.items()}
+    for yardstick in samples:
+        against = Reference(large[yardstick], problem.candidates, problem.k)
+        for name, values in groups.items():
+            found["nested" if name == yardstick else "disjoint"] += map(against.overlap, values)
+        if yardstick == "reference":
+            found["ceiling"].append(against.overlap(large["estimate"]))
+    for one, other in zip(*groups.values(), strict=True):
+        found["pairs"].append(Reference(one, problem.candidates, problem.k).overlap(other))
+    return {
+        kind: {
+            "overlaps": [round(value, 5) for value in overlaps],
+            "mean": round(statistics.mean(overlaps), 5),
+            "deviation": round(statistics.stdev(overlaps), 5) if len(overlaps) > 1 else None,
+        }
+        for kind, overlaps in found.items()
+    }
+
+
+def _relative_variance(problem: Problem, plan: Plan, samples: dict[str, ExactSums]) -> dict[str, float]:
     """Var(g²)/E(g²)² of one image's squared gradient, from the scatter of the replicates, for elements of the top 5 %.
 
     A Gaussian gradient has 2. What is above it is images that weigh unequally.
@@ -226,8 +228,9 @@ def _relative_variance(
     total.masked_fill_(~problem.candidates, -1)
     chosen = total.topk(problem.k).indices
     chosen = chosen[:: max(1, len(chosen) // 200_000)]
+    starts = range(0, plan.reference - plan.group + 1, plan.group)
     groups = torch.stack(
-        [samples[name].sum(start, start + plan.group)[chosen].double() for name in samples for start in starts]
+        [sums.sum(start, start + plan.group)[chosen].double() for sums in samples.values() for start in starts]
     )
     ratios = plan.group * groups.var(0) / groups.mean(0).square()
     quartiles = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
@@ -235,19 +238,21 @@ def _relative_variance(
 
 
 def measure_variants(config: RunConfig, plan: Plan, results: Results, reporter: Reporter, work: Path) -> None:
-    """Two disjoint samples of one replicate's size against one another, under other labels and other images."""
+    """How far samples differ under other labels and on other images: each against yardsticks of its own kind."""
     problem = build(config, reporter, work)
     found = results.data["spread"].setdefault("variants", {})
-    for name, kind, labels in (("sampled labels", "", "sampled"), ("whole frames", "-whole", "empirical")):
+    for name, kind, labels, total in (
+        ("labels drawn from the model", "", "sampled", plan.reference),
+        ("whole frames, no augmentation", "-whole", "empirical", plan.group),
+    ):
         if name in found:
             continue
-        pair = []
+        samples = {}
         for sample in ("reference", "estimate"):
-            sums = ExactSums(problem, work, sample + kind, [plan.group], labels)
-            with reporter.bar(f"{name}, {sample}", plan.group) as bar:
-                sums.compute(_steps(bar))
-            pair.append(sums.sum(0, plan.group))
-        found[name] = Reference(pair[0], problem.candidates, problem.k).compare(pair[1])["overlap"]
+            samples[sample] = ExactSums(problem, work, sample + kind, boundaries([], total, plan.group), labels)
+            with reporter.bar(f"{name}, {sample}", total) as bar:
+                samples[sample].compute(_steps(bar))
+        found[name] = _samples_against_one_another(problem, replace(plan, reference=total), samples)
         results.save()
 
 

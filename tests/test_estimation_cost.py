@@ -50,12 +50,18 @@ def test_a_quick_run_is_whole_and_a_second_one_computes_nothing(study, monkeypat
     for settings in study.POSTERIORS:
         points = result["overlap"][settings.label]
         assert [point["images"] for point in points] == [8] and 0 <= points[0]["overlap"] <= 1
-    assert set(result["spread"]["variants"]) == {"sampled labels", "whole frames"}
+    assert set(result["spread"]["variants"]) == {"labels drawn from the model", "whole frames, no augmentation"}
+    samples = result["spread"]["samples"]
+    assert [len(samples[kind]["overlaps"]) for kind in ("disjoint", "nested", "pairs", "ceiling")] == [4, 4, 2, 1]
+    assert samples["ceiling"]["overlaps"] == [exact[-1]["overlap"]]
+    assert (
+        exact[0]["overlap"] in samples["disjoint"]["overlaps"] and nested[0]["overlap"] in samples["nested"]["overlaps"]
+    )
     assert set(result["cost"]) == {"plain", *labels}
     assert all(row["ratio"] > 0 and 0 < row["covered"] <= 1 for row in result["cost"].values()), result["cost"]
     assert str(BENCHMARKS.parent) not in written[".json"].read_text(), "no path of this machine"
     table = written[".md"].read_text()
-    assert "| exact |" in table and "| one by one |" in table and "replicates" in table
+    assert "| exact |" in table and "| one by one |" in table and "the ceiling" in table
 
     def forbidden(*_, **__):
         raise AssertionError("computed again")
@@ -117,6 +123,21 @@ def test_squared_batches_are_the_squares_of_the_gradients_of_whole_batches(study
         got = found[f"batch-squared, {size} images", 8]
         # fp32 gradients whose sums run in another order: 1e-6 of the largest element, and squares double it
         assert (got - expected).abs().max() < 1e-5 * expected.max()
+
+
+def test_labels_are_drawn_anew_for_the_other_sample_and_again_after_a_resume(study, problem, tmp_path):
+    """Two samples that share their random numbers would agree on more than the Fisher."""
+    seeds, sums = [], []
+    for sample in ("reference", "estimate", "reference"):
+        exact = study.ExactSums(problem, tmp_path / str(len(seeds)), sample, [2], "sampled")
+        exact.compute(lambda _: None)
+        seeds.append(problem.loss.generator.initial_seed())
+        sums.append(exact.sum(0, 2))
+    assert seeds[0] == seeds[2] != seeds[1]
+    assert torch.equal(sums[0], sums[2])
+    truth = study.ExactSums(problem, tmp_path, "reference", [2], "empirical")
+    truth.compute(lambda _: None)
+    assert not torch.allclose(truth.sum(0, 2), sums[0], rtol=0.1)
 
 
 def test_shrinking_keeps_what_rows_and_columns_say_and_borrows_less_from_more_images(study, problem):

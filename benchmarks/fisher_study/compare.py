@@ -71,9 +71,13 @@ class Reference:
     def _masked(self, values: Tensor) -> Tensor:
         return values.masked_fill(~self._candidates, -torch.inf)
 
+    def overlap(self, values: Tensor) -> float:
+        """Over the candidates."""
+        return expected_overlap(selection_chances(self._masked(values), self._k), self._chances)
+
     def compare(self, values: Tensor, everything: bool = True) -> dict[str, float]:
         """Overlap over the candidates and (if ``values`` has ``everything``) over all parameters; Spearman's ρ."""
-        result = {"overlap": expected_overlap(selection_chances(self._masked(values), self._k), self._chances)}
+        result = {"overlap": self.overlap(values)}
         if everything:
             result["overlap_all"] = expected_overlap(selection_chances(values, self._k), self._all_chances)
         result["spearman"] = rank_correlation(values[self._sample], self._sampled)

@@ -33,6 +33,7 @@ class Posterior:
 
 
 POSTERIORS = (
+    Posterior("natural, tau 0.001", "natural", 0.001, {"beta": 0.02}),
     Posterior("natural, tau 0.01", "natural", 0.01, {"beta": 0.02}),
     Posterior("local, antithetic", "local", 0.01, {"antithetic": True}),
     Posterior("sgvb, antithetic", "sgvb", 0.01, {"antithetic": True}),
@@ -55,6 +56,9 @@ class ExactSums:
     def __init__(self, problem: Problem, folder: Path, sample: str, cuts: Sequence[int], labels: str) -> None:
         self._problem, self._sample, self._labels = problem, sample, labels
         self._folder = folder / f"exact-{sample}-{labels}"
+        # Of labels drawn from the model: the same after a resume, and never the same in two samples, which could then
+        # agree on more than the Fisher.
+        self._seed = 1_000_000 * list(problem.samples).index(sample)
         self.pieces = list(zip([0, *cuts[:-1]], cuts, strict=True))
 
     def _path(self, piece: tuple[int, int]) -> Path:
@@ -72,7 +76,7 @@ class ExactSums:
         with PerSampleSquares(problem.model, problem.names) as squares:
             for first in range(start, stop, BATCH):
                 last = min(first + BATCH, stop)
-                problem.loss.generator.manual_seed(first)  # of sampled labels: a resumed run draws the same
+                problem.loss.generator.manual_seed(self._seed + first)
                 batch = problem.images(self._sample, first, last)
                 squares.backward(problem.loss(problem.model, batch, labels=self._labels))
                 advance(last - first)

@@ -13,6 +13,7 @@ CURVES = {
     "exact, shrunk": ("ours", "#3d85c6", "h", "exact, shrunk to rows × columns"),
     "batch-squared, 8 images": ("batch-squared", "#b45f06", "s", "squared mean gradient of 8"),
     "batch-squared, 32 images": ("batch-squared", "#e69138", "D", "squared mean gradient of 32"),
+    "natural, tau 0.001": ("natural", "#274e13", "d", "natural, τ = 0.001"),
     "natural, tau 0.01": ("natural", "#38761d", "^", "natural, τ = 0.01"),
     "natural, tau 0.1": ("natural", "#93c47d", "v", "natural, τ = 0.1"),
     "local, antithetic": ("local, antithetic", "#741b47", "P", "local, antithetic"),
@@ -216,28 +217,21 @@ def _figure(value: float | None, digits: int = 2) -> str:
 
 
 def _limits(data: dict[str, Any]) -> list[str]:
-    spread = data["spread"]
+    spread, settings = data["spread"], data["settings"]
     lines = []
-    if "replicates" in spread:
-        found = spread["replicates"]
-        verdict = "met" if found["mean"] >= GOAL else "missed"
-        lines.append(
-            f"* {found['images']} images against {data['settings']['reference']:,} disjoint ones, "
-            f"{len(found['overlaps'])} replicates: {found['mean']:.3f} ± {found['deviation']:.3f} "
-            f"(goal {GOAL} from 200 images: {verdict})."
-        )
-    if "nested" in spread:
-        found = spread["nested"]
-        lines.append(
-            f"* {found['images']} images against the {data['settings']['reference']:,} that contain them (not what a "
-            f"user gets), {len(found['overlaps'])} replicates: {found['mean']:.3f} ± {found['deviation']:.3f}."
-        )
-    if "pairs" in spread:
-        lines.append(
-            f"* Two disjoint samples of {spread['pairs']['images']} against one another: {spread['pairs']['mean']:.3f}."
-        )
-    for name, overlap in spread.get("variants", {}).items():
-        lines.append(f"* The same with {name}: {overlap:.3f}.")
+    if "samples" in spread:
+        lines += [
+            f"What limits it: samples of {settings['group']} images against one another and against large ones of "
+            f"{settings['reference']:,}, mean ± standard deviation over replicates (goal from 200 images: {GOAL}).",
+            "",
+            f"| | {settings['group']} against other {settings['reference']:,} | against the {settings['reference']:,} "
+            f"that contain them | against other {settings['group']} | two large ones: the ceiling |",
+            "|---|---|---|---|---|",
+            _samples_row("ground truth, augmented crops", spread["samples"]),
+        ]
+        for name, samples in spread.get("variants", {}).items():
+            lines.append(_samples_row(name, samples))
+        lines.append("")
     if "relative_variance" in spread:
         value = spread["relative_variance"]
         lines.append(
@@ -253,6 +247,17 @@ def _limits(data: dict[str, Any]) -> list[str]:
             f"{value['rank_correlation_with_loss']:.2f}."
         )
     return lines
+
+
+def _samples_row(name: str, samples: dict[str, Any]) -> str:
+    """One line of the table; a variant that was measured at one size has no large samples."""
+    cells = []
+    for kind in ("disjoint", "nested", "pairs", "ceiling"):
+        value = samples[kind]
+        only_size = samples["nested"]["mean"] == 1
+        spread = "" if value["deviation"] is None else f" ± {value['deviation']:.3f}"
+        cells.append("–" if only_size and kind != "pairs" else f"{value['mean']:.3f}{spread}")
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def _where(data: dict[str, Any]) -> list[str]:
