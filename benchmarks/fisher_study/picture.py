@@ -182,7 +182,7 @@ def markdown(data: dict[str, Any]) -> str:
             lines.append(
                 f"| {name} | {_figure(row.get('ratio'))} | {_figure(row.get('extra_mib'), 0)} | "
                 + " | ".join(cells)
-                + f" | {curves[label][-1]['spearman']:.2f} |"
+                + f" | {curves[label][-1]['spearman']:.3f} |"
             )
     lines += ["", "A number of images that a batch does not divide is rounded down to whole batches.", ""]
     lines += ["| over all backbone parameters | " + " | ".join(f"{count:,}" for count in counts) + " |"]
