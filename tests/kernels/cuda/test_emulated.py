@@ -156,9 +156,11 @@ def test_compact_keeps_what_is_above_and_the_first_ties(
 def test_compact_cuts_equal_scores_at_the_quota(emulated: Emulated, dtype: torch.dtype, quota: int) -> None:
     emulated.schedule(quota, 2)
     given = [torch.ones(3 * TILE - 5, dtype=dtype)]
-    quota = min(quota, given[0].numel())
-    [index] = compact.compact(given, Threshold(1.0, (0,), (quota,)))
-    np.testing.assert_array_equal(index.numpy(), np.arange(quota))
+    last = given[0].numel() - 1
+    given[0][last] = 2.0  # one tie too many would take its place
+    quota = min(quota, last)
+    [index] = compact.compact(given, Threshold(1.0, (1,), (quota,)))
+    np.testing.assert_array_equal(index.numpy(), np.append(np.arange(quota), last))
 
 
 @pytest.mark.parametrize(
