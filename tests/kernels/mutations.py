@@ -972,8 +972,8 @@ CPP = (
     ),
     Mutation(
         "per_sample_affine_squared_grad/cpp/rstd", "csrc/cpu/affine.inl",
-        "((widen(x[c]) - mean) * rstd)",
-        "(widen(x[c]) - mean + 0 * rstd)",
+        "((widen(x[k * stride + c]) - m[k]) * r[k])",
+        "(widen(x[k * stride + c]) - m[k] + 0 * r[k])",
         "does not normalise",
         native("test_per_sample_affine_squares"),
     ),
