@@ -118,10 +118,10 @@ def _arguments(node: ast.FunctionDef) -> set[str]:
 
 
 def kernels(budget: dict[str, Any], folders: dict[str, str]) -> dict[str, dict[str, list[str]]]:
-    """Target → folder → its compiled kernels: the first word of an entry is a folder or a function without underscore.
+    """Target → folder → its compiled kernels: the first word of an entry names a folder or a function, or begins one.
 
     Raises:
-        SystemExit: for an entry that names neither.
+        SystemExit: for an entry that names neither, or several.
     """
     owners = {name.rstrip("_"): folder for name, folder in folders.items()} | {f: f for f in folders.values()}
     found: dict[str, dict[str, list[str]]] = {}
@@ -130,14 +130,16 @@ def kernels(budget: dict[str, Any], folders: dict[str, str]) -> dict[str, dict[s
             continue
         by_folder = found.setdefault(target, {})
         for entry, use in entries.items():
-            owner = owners.get(entry.split()[0])
-            if owner is None:
+            word = entry.split()[0]
+            begun = {folder for name, folder in owners.items() if name.startswith(word)}
+            possible = {owners[word]} if word in owners else begun
+            if len(possible) != 1:
                 raise SystemExit(
-                    f"{BUDGET.name}: the entry {entry!r} belongs to no operator. Its first word must be the name of an "
-                    f"operator's folder or function: {', '.join(sorted(owners))}."
+                    f"{BUDGET.name}: the entry {entry!r} belongs to no operator, or to several. Its first word must "
+                    f"begin the name of one operator's folder or function: {', '.join(sorted(owners))}."
                 )
             if use["spills"] == 0:
-                by_folder.setdefault(owner, []).append(entry)
+                by_folder.setdefault(*possible, []).append(entry)
     return found
 
 

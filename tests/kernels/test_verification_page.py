@@ -94,5 +94,8 @@ def test_a_spill_or_an_unknown_entry_of_the_budget_is_seen(generator):
     folders = {"compact": "compact", "gather_values": "values"}
     budget = {"triton": "3.7", "sm_90": {"compact count": {"spills": 0}, "gather_values x": {"spills": 4}}}
     assert generator.kernels(budget, folders) == {"sm_90": {"compact": ["compact count"]}}
-    with pytest.raises(SystemExit, match="'other kernel' belongs to no operator"):
-        generator.kernels({"sm_90": {"other kernel": {"spills": 0}}}, folders)
+    begun = {"sm_90": {"gather x": {"spills": 0}}}
+    assert generator.kernels(begun, folders) == {"sm_90": {"values": ["gather x"]}}
+    for entry in ("other kernel", "c kernel"):
+        with pytest.raises(SystemExit, match=f"'{entry}' belongs to no operator, or to several"):
+            generator.kernels({"sm_90": {entry: {"spills": 0}}}, {**folders, "collect_bracket": "select_threshold"})
