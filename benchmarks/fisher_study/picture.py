@@ -100,12 +100,18 @@ def draw(data: dict[str, Any]) -> Any:
     chance = data.get("chance", share)
     axes.axhline(chance, color="#999999", linestyle=":", linewidth=1.2)
     axes.text(
-        0.012, chance + 0.008, f"chance {chance:.3f}", transform=axes.get_yaxis_transform(), color="#777777", fontsize=9
+        0.99,
+        chance - 0.028,
+        f"chance {chance:.3f}",
+        transform=axes.get_yaxis_transform(),
+        ha="right",
+        color="#777777",
+        fontsize=9,
     )
     axes.set_xscale("log")
     axes.set_ylim(0, 1.06)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    _name_the_ends(axes, ends, exact[-1]["overlap"] if exact else 1.0)
+    _name_the_ends(axes, ends, [(point["images"] * ratio(data, "ours"), point["overlap"]) for point in exact])
     ticks = [25, 50, 100, 200, 400, 1000, 2000]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
@@ -146,13 +152,19 @@ def _rivals(data: dict[str, Any], axes: Any, exact: list[dict[str, Any]]) -> Non
         )
 
 
-def _name_the_ends(axes: Any, ends: list[tuple[float, float, str, str]], ceiling: float) -> None:
-    """Names beside the last points, from the ceiling downwards, pushed apart where they would overlap."""
-    above = ceiling
-    for x, y, name, colour in sorted(ends, key=lambda end: -end[1]):
-        above = min(y, above - 0.036)
-        bold = "bold" if name.startswith("exact per") else "normal"
-        axes.text(x * 1.07, above, name, va="center", color=colour, fontsize=9.5, fontweight=bold)
+def _name_the_ends(axes: Any, ends: list[tuple[float, float, str, str]], taken: list[tuple[float, float]]) -> None:
+    """Names beside the last points, moved off one another and off ``taken`` places (x, y): the upper ones downwards,
+    the lowest upwards."""
+    height, width = 0.036, 3.0  # of a name: in overlap, and as a factor of cost
+    upper = sorted((end for end in ends if end[1] >= 0.2), key=lambda end: -end[1])
+    lower = sorted((end for end in ends if end[1] < 0.2), key=lambda end: end[1])
+    for step, group in ((-0.004, upper), (0.004, lower)):
+        for x, y, name, colour in group:
+            while any(1 / width < x / other < width and abs(y - at) < height for other, at in taken):
+                y += step
+            taken.append((x, y))
+            bold = "bold" if name.startswith("exact per") else "normal"
+            axes.text(x * 1.07, y, name, va="center", color=colour, fontsize=9.5, fontweight=bold)
 
 
 def markdown(data: dict[str, Any]) -> str:
