@@ -164,7 +164,7 @@ def test_precision_update_sgvb(dtype):
 
 
 def test_precision_moments_of_the_prior_term_are_exact():
-    """Without a gradient the draw is out of it: the slope is ½γE/Λ, and its square tells 1 − β₂ in double from float."""
+    """Without a gradient the slope is ½γE/Λ, whatever was drawn; its square tells 1 − β₂ in double from float."""
     excess = positive(SIZES, seed=7)
     slope = [0.5 * 0.7 * e.double() / (e.double() + 0.01) for e in excess]
     mean, square = [torch.zeros(s) for s in SIZES], [torch.zeros(s) for s in SIZES]
