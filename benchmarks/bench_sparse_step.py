@@ -3,7 +3,8 @@
     python -m pytest benchmarks/bench_sparse_step.py
 
 Rivals run in the same process on the same gradients; one step of each is checked against torch.optim.AdamW before
-anything is timed. Required, as ratios of medians to the dense fused step: random 5 % in fp32 ≤ 0.6, in bf16 ≤ 0.45,
+anything is timed. Every round is preceded by one of torch's dense fused step, so that a busy machine disturbs both
+sides alike. Required, as ratios of medians to that step: random 5 % in fp32 ≤ 0.6, in bf16 ≤ 0.45,
 clustered ≤ 0.2, each with at most 0.6 bytes of optimizer state per parameter (torch: 8; a master copy adds 0.2).
 Beside them, without a goal: a master copy, stochastic rounding, compact gradients (gathered before, as an all-reduce
 needs them), and clipping, where the rival is torch's clip_grad_norm_ and its fused step.
@@ -11,6 +12,9 @@ needs them), and clipping, where the rival is torch's clip_grad_norm_ and its fu
 
 from __future__ import annotations
 
+import functools
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,7 +36,7 @@ GOALS = {
     ("clustered", torch.float32): 0.2,
     ("clustered", torch.bfloat16): 0.2,
 }
-MEDIANS: dict[tuple[str, torch.dtype], float] = {}
+RATIOS: dict[tuple[str, torch.dtype], float] = {}
 STATE: dict[tuple[str, torch.dtype], float] = {}
 
 
@@ -140,16 +144,31 @@ def check(work: Problem, step: Callable[[], None], stochastic: bool = False) -> 
         assert torch.allclose(p[selected].double(), exact[selected], rtol=rounding, atol=1e-6)
 
 
-def timed(benchmark, name: str, dtype: torch.dtype, step: Callable[[], None], state: float) -> None:
-    benchmark.extra_info |= {"state_bytes_per_parameter": round(state, 3), "threads": torch.get_num_threads()}
-    benchmark.pedantic(step, rounds=15, warmup_rounds=2)
-    MEDIANS[name, dtype], STATE[name, dtype] = benchmark.stats.stats.median, state
+@functools.cache
+def rival_step(dtype: torch.dtype, clipped: bool) -> Callable[[], None]:
+    return (clipped_dense if clipped else dense_fused)(problem(dtype))[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.benchmark(group="step")
-def test_dense_fused(benchmark, dtype):
-    timed(benchmark, "dense", dtype, *dense_fused(problem(dtype)))
+def timed(
+    benchmark, name: str, dtype: torch.dtype, step: Callable[[], None], state: float, *, clipped: bool = False
+) -> None:
+    rival = rival_step(dtype, clipped)
+    rival()
+    seconds: list[float] = []
+
+    def dense() -> None:
+        start = time.perf_counter()
+        rival()
+        seconds.append(time.perf_counter() - start)
+
+    benchmark.pedantic(step, setup=dense, rounds=15, warmup_rounds=2)
+    RATIOS[name, dtype], STATE[name, dtype] = benchmark.stats.stats.median / statistics.median(seconds), state
+    benchmark.extra_info |= {
+        "of_torch_fused": round(RATIOS[name, dtype], 3),
+        "torch_fused_seconds": statistics.median(seconds),
+        "state_bytes_per_parameter": round(state, 3),
+        "threads": torch.get_num_threads(),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -185,16 +204,10 @@ def test_sparse_with_compact_gradients(benchmark, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.benchmark(group="clip and step")
-def test_clipped_dense(benchmark, dtype):
-    timed(benchmark, "dense, clipped", dtype, *clipped_dense(problem(dtype)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.benchmark(group="clip and step")
 def test_clipped_sparse(benchmark, dtype):
     work = problem(dtype)
     check(work, sparse_step(work, clip=CLIP)[0])
-    timed(benchmark, "random, clipped", dtype, *sparse_step(work, clip=CLIP))
+    timed(benchmark, "random, clipped", dtype, *sparse_step(work, clip=CLIP), clipped=True)
 
 
 @pytest.mark.benchmark(group="step")
@@ -205,13 +218,13 @@ def test_gather_fused_scatter(benchmark):
 
 
 def test_goals():
-    if any(key not in MEDIANS for key in GOALS) or ("dense", torch.float32) not in MEDIANS:
+    if not GOALS.keys() <= RATIOS.keys():
         pytest.skip("needs the whole file in one run")
     missed = []
-    for (name, dtype), median in MEDIANS.items():
-        rival = "dense, clipped" if "clipped" in name else "dense"
-        ratio, goal = median / MEDIANS[rival, dtype], GOALS.get((name, dtype))
-        print(f"{name}, {dtype}: {ratio:.2f} of {rival}, fused; {STATE[name, dtype]:.2f} B of state a parameter")
+    for (name, dtype), ratio in RATIOS.items():
+        goal = GOALS.get((name, dtype))
+        rival = "torch's clipping and fused step" if "clipped" in name else "torch's fused step"
+        print(f"{name}, {dtype}: {ratio:.2f} of {rival}; {STATE[name, dtype]:.2f} B of state a parameter")
         if goal is not None and (ratio > goal or STATE[name, dtype] > 0.6):
             missed.append(f"{name}, {dtype}: {ratio:.2f} > {goal} or more than 0.6 B")
     assert not missed

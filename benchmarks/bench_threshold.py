@@ -2,17 +2,19 @@
 
     python -m pytest benchmarks/bench_threshold.py
 
-Rivals run in the same process on the same scores and are checked against one another before timing. Required,
-as ratios of medians: the threshold ≥ 14 × faster than torch.kthvalue, ≥ 2 × faster than numpy.partition and without
-their copy of the scores; compaction ≥ 10 × faster than torch.nonzero. torch.sum, one read of the scores, is timed
-beside them as what neither can beat. Ours uses every thread, numpy and kthvalue one: on a busy machine the ratios mean
-little. FISHERTUNE_BENCH_ELEMENTS sets another number of scores.
+Rivals run in the same process on the same scores, are checked against one another before timing and run before every
+round of ours, so that a busy machine disturbs both sides alike. Required, as ratios of medians: the threshold ≥ 14 ×
+faster than torch.kthvalue, ≥ 2 × faster than numpy.partition and without their copy of the scores; compaction ≥ 10 ×
+faster than torch.nonzero. torch.sum, one read of the scores, is timed beside them as what neither can beat. Ours uses
+every thread, numpy and kthvalue one. FISHERTUNE_BENCH_ELEMENTS sets another number of scores.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +26,6 @@ import fishertune_kernels as fk
 
 N = int(float(os.environ.get("FISHERTUNE_BENCH_ELEMENTS", "1e8")))
 K = N // 20
-ROUNDS = {"kthvalue": 3, "numpy.partition": 5, "torch.nonzero": 5}
 MEDIANS: dict[str, float] = {}
 EXTRA_BYTES: dict[str, int] = {}
 
@@ -56,14 +57,31 @@ def peak_growth(work: Callable[[], object]) -> int | None:
     return max(0, resident("VmHWM") - before)
 
 
-def timed(benchmark, name: str, work: Callable[[], object]) -> None:
+def timed(
+    benchmark, name: str, work: Callable[[], object], rivals: dict[str, Callable[[], object]] | None = None
+) -> None:
+    """``rivals`` run before every round of ``work``."""
     work()
-    grown = peak_growth(work)
-    if grown is not None:
-        EXTRA_BYTES[name] = benchmark.extra_info["extra_bytes_per_score"] = round(grown / N, 3)
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(work, rounds=ROUNDS.get(name, 11), warmup_rounds=1)
+    for what, run in {name: work, **(rivals or {})}.items():
+        grown = peak_growth(run)
+        if grown is not None:
+            EXTRA_BYTES[what] = round(grown / N, 3)
+    seconds: dict[str, list[float]] = {rival: [] for rival in rivals or {}}
+
+    def run_rivals() -> None:
+        for rival, run in (rivals or {}).items():
+            start = time.perf_counter()
+            run()
+            seconds[rival].append(time.perf_counter() - start)
+
+    benchmark.pedantic(work, setup=run_rivals, rounds=11, warmup_rounds=1)
     MEDIANS[name] = benchmark.stats.stats.median
+    MEDIANS.update({rival: statistics.median(times) for rival, times in seconds.items()})
+    benchmark.extra_info |= {
+        "threads": torch.get_num_threads(),
+        "median_seconds": {what: MEDIANS[what] for what in (name, *seconds)},
+        "extra_bytes_per_score": {what: EXTRA_BYTES[what] for what in (name, *seconds) if what in EXTRA_BYTES},
+    }
 
 
 @pytest.mark.benchmark(group="threshold")
@@ -72,38 +90,26 @@ def test_one_read(benchmark, scores):
 
 
 @pytest.mark.benchmark(group="threshold")
-def test_threshold_ours(benchmark, scores, threshold):
-    assert threshold.n_greater + threshold.n_ties_kept == K
-    timed(benchmark, "threshold", lambda: fk.select_threshold(scores, K))
-
-
-@pytest.mark.benchmark(group="threshold")
-def test_threshold_numpy_partition(benchmark, scores, threshold):
+def test_threshold(benchmark, scores, threshold):
     array = scores.numpy()
+    assert threshold.n_greater + threshold.n_ties_kept == K
     assert np.partition(array, N - K)[N - K] == threshold.value
-    timed(benchmark, "numpy.partition", lambda: np.partition(array, N - K))
-
-
-@pytest.mark.benchmark(group="threshold")
-def test_threshold_kthvalue(benchmark, scores, threshold):
     assert torch.kthvalue(scores, N - K + 1).values.item() == threshold.value
-    timed(benchmark, "kthvalue", lambda: torch.kthvalue(scores, N - K + 1))
+    rivals = {
+        "numpy.partition": lambda: np.partition(array, N - K),
+        "kthvalue": lambda: torch.kthvalue(scores, N - K + 1),
+    }
+    timed(benchmark, "threshold", lambda: fk.select_threshold(scores, K), rivals)
 
 
 @pytest.mark.benchmark(group="compaction")
-def test_compaction_ours(benchmark, scores, threshold):
+def test_compaction(benchmark, scores, threshold):
     [index] = fk.compact([scores], threshold)
-    assert len(index) == K
-    timed(benchmark, "compaction", lambda: fk.compact([scores], threshold))
-
-
-@pytest.mark.benchmark(group="compaction")
-def test_compaction_nonzero(benchmark, scores, threshold):
-    [index] = fk.compact([scores], threshold)
-    rival = (scores > threshold.value).nonzero().squeeze(1)
-    assert len(rival) == threshold.n_greater
-    assert torch.isin(rival[:1000], index).all()
-    timed(benchmark, "torch.nonzero", lambda: (scores >= threshold.value).nonzero())
+    found = (scores > threshold.value).nonzero().squeeze(1)
+    assert len(index) == K and len(found) == threshold.n_greater
+    assert torch.isin(found, index, assume_unique=True).all()
+    rivals = {"torch.nonzero": lambda: (scores >= threshold.value).nonzero()}
+    timed(benchmark, "compaction", lambda: fk.compact([scores], threshold), rivals)
 
 
 def test_goals():

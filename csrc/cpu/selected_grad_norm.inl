@@ -13,8 +13,8 @@ static double selected_squares_range(const Grad* grad, const Index* index, int64
     } else {
       const Index* const at = index + i;
       const int64_t ahead = count - i - kPrefetch < kGather ? count - i - kPrefetch : kGather;
-      for (int64_t j = 0; j < ahead; ++j) __builtin_prefetch(grad + at[kPrefetch + j], 0, 3);
-      for (int64_t j = 0; j < n; ++j) g[j] = widen(grad[at[j]]);
+      request<0>(grad, at + kPrefetch, ahead);
+      gather(grad, at, n, g);
     }
     for (int64_t j = n; j < kGather; ++j) g[j] = 0.0f;
     for (int64_t j = 0; j < kGather; j += kLanes) {

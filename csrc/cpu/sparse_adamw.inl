@@ -4,6 +4,33 @@
 constexpr int64_t kGather = kRounding;
 constexpr int64_t kPrefetch = 256;  // elements ahead
 
+// Rising indices without a gap: neighbours in memory, as where whole rows are selected. Vectors and the hardware's own
+// prefetcher then serve them.
+template <class Index>
+static inline bool is_run(const Index* at, int64_t n) {
+  return n > 0 && static_cast<int64_t>(at[n - 1]) - static_cast<int64_t>(at[0]) == n - 1;
+}
+
+// Asks for the cache lines of elements to come; Write says what for.
+template <int Write, class T, class Index>
+static inline void request(const T* from, const Index* at, int64_t n) {
+  if (is_run(at, n)) {
+    for (int64_t j = 0; j < n; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + at[j], Write, 3);
+  } else {
+    for (int64_t j = 0; j < n; ++j) __builtin_prefetch(from + at[j], Write, 3);
+  }
+}
+
+template <class T, class Index>
+static inline void gather(const T* from, const Index* at, int64_t n, float* __restrict out) {
+  if (is_run(at, n)) {
+    const T* const __restrict run = from + at[0];
+    for (int64_t j = 0; j < n; ++j) out[j] = widen(run[j]);
+  } else {
+    for (int64_t j = 0; j < n; ++j) out[j] = widen(from[at[j]]);
+  }
+}
+
 template <class Param, class Grad, class Index>
 static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, const AdamWConstants& constants) {
   const AdamWConstants k = constants;
@@ -19,18 +46,15 @@ static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, con
     const int64_t n = end - i < kGather ? end - i : kGather;
     const Index* const at = index + i;
     const int64_t ahead = row.count - i - kPrefetch < kGather ? row.count - i - kPrefetch : kGather;
+    request<1>(param, at + kPrefetch, ahead);
+    if (!k.compact_grads) request<0>(grad, at + kPrefetch, ahead);
     if (k.compact_grads) {
-      for (int64_t j = 0; j < ahead; ++j) __builtin_prefetch(param + at[kPrefetch + j], 1, 3);
       for (int64_t j = 0; j < n; ++j) g[j] = widen(grad[i + j]);
     } else {
-      for (int64_t j = 0; j < ahead; ++j) {
-        __builtin_prefetch(grad + at[kPrefetch + j], 0, 3);
-        __builtin_prefetch(param + at[kPrefetch + j], 1, 3);
-      }
-      for (int64_t j = 0; j < n; ++j) g[j] = widen(grad[at[j]]);
+      gather(grad, at, n, g);
     }
     if (row.master == nullptr) {
-      for (int64_t j = 0; j < n; ++j) p[j] = widen(param[at[j]]);
+      gather(param, at, n, p);
     } else {
       for (int64_t j = 0; j < n; ++j) p[j] = row.master[i + j];
     }
@@ -57,7 +81,11 @@ static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, con
     }
     if (row.score == nullptr) {
       if (row.master != nullptr) __builtin_memcpy(row.master + i, p, static_cast<size_t>(n) * sizeof *p);
-      for (int64_t j = 0; j < n; ++j) param[at[j]] = rounded[j];
+      if (is_run(at, n)) {
+        __builtin_memcpy(param + at[0], rounded, static_cast<size_t>(n) * sizeof *rounded);
+      } else {
+        for (int64_t j = 0; j < n; ++j) param[at[j]] = rounded[j];
+      }
     } else {
       for (int64_t j = 0; j < n; ++j) {
         if (!(row.score[i + j] >= k.active_threshold)) continue;

@@ -1489,6 +1489,21 @@ CPP = (
     ),
     # selected_grad_norm
     Mutation(
+        "sparse_adamw/cpp/run-with-a-gap", STEP,
+        "static_cast<int64_t>(at[0]) == n - 1;", "static_cast<int64_t>(at[0]) >= n - 1;",
+        "takes every block of indices for neighbours", native("test_neighbours_step_as_scattered_elements_do"),
+    ),
+    Mutation(
+        "sparse_adamw/cpp/run-start", STEP,
+        "const T* const __restrict run = from + at[0];", "const T* const __restrict run = from + at[0] + 1;",
+        "reads neighbours from one element too far", native("test_neighbours_step_as_scattered_elements_do"),
+    ),
+    Mutation(
+        "sparse_adamw/cpp/run-write", STEP,
+        "static_cast<size_t>(n) * sizeof *rounded);", "static_cast<size_t>(n - 1) * sizeof *rounded);",
+        "leaves out the last of a block of neighbours", native("test_neighbours_step_as_scattered_elements_do"),
+    ),
+    Mutation(
         "selected_grad_norm/cpp/tail", "csrc/cpu/selected_grad_norm.inl",
         "const int64_t n = end - i < kGather ? end - i : kGather;",
         "const int64_t n = end - i < kGather ? end - i - 1 : kGather;",
@@ -1512,9 +1527,9 @@ CPP = (
     ),
     Mutation(
         "selected_grad_norm/cpp/index", "csrc/cpu/selected_grad_norm.inl",
-        "g[j] = widen(grad[at[j]]);",
-        "g[j] = widen(grad[at[j] > 0 ? at[j] - 1 : 0]);",
-        "reads the neighbour",
+        "gather(grad, at, n, g);",
+        "gather(grad, index, n, g);",
+        "reads the first block's elements for every block",
         reference("test_selected_grad_norm"),
     ),
     # gather_values, scatter_values_

@@ -454,7 +454,10 @@ def fenced(monkeypatch):
         buffers.append((buffer, n))
         return buffer[margin : margin + n]
 
-    monkeypatch.setattr(torch, "empty", lambda n, *, dtype=torch.float32, device=None: make(n, dtype))
+    def empty(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+        return make(math.prod(shape), dtype).view(shape)
+
+    monkeypatch.setattr(torch, "empty", empty)
     yield make
     for buffer, n in buffers:
         assert (buffer[:margin] == canary).all() and (buffer[margin + n :] == canary).all()
@@ -481,6 +484,29 @@ def test_nothing_behind_a_tensor_is_written(isa, fenced):
         state = [[fenced(len(index)).fill_(0.5) for index in indices] for _ in range(3)]
         adamw.sparse_adamw_(half, half, indices, state[0], state[1], **ADAMW, step=1, master=state[2])
         values.scatter_values_(half, indices, values.gather_values(half, indices))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 5, 128, 129, 255, 5000])
+def test_neighbours_step_as_scattered_elements_do(isa, threads, dtype, count):
+    """Rising indices without a gap take a path of their own, whole blocks of them and those with one gap."""
+    generator = torch.Generator().manual_seed(count)
+    for gap in (0, count // 2):  # elements left out after the gap-th selected one
+        near = torch.arange(count, dtype=torch.int32) + 3
+        near[gap:] += min(gap, 1)
+        far = torch.arange(1, 2 * count, 2, dtype=torch.int32)
+        weights, slopes, mean, square = torch.rand(4, count, generator=generator)
+        found = []
+        for index in (near, far):
+            param, grad = (torch.full((int(index[-1]) + 200,), 7.0, dtype=dtype) for _ in range(2))
+            param[index.long()], grad[index.long()] = weights.to(dtype), slopes.to(dtype)
+            before, state = param.clone(), [mean.clone(), square.clone()]
+            adamw.sparse_adamw_([param], [grad], [index], [state[0]], [state[1]], **ADAMW, step=2)
+            norm = norms.selected_grad_norm([grad], [index])
+            found.append([param[index.long()], *state, norm])
+            before[index.long()] = param[index.long()]
+            assert torch.equal(before, param)
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def selections(n: int, fraction: float, dtype: torch.dtype) -> torch.Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import dispatch
 
 _SIGN_32 = -(2**31)
+_BELOW_SIGN_32 = 2**31 - 1
 LAST_KEY = 2**32 - 1  # of a NaN: no score that can be ranked has it
 SMALL = 1 << 18  # below, three passes of counting cost less than the calls that a sample takes
 DEVIATIONS = 4  # a bracket this wide misses once in 16,000 times (two tails of a normal distribution)
@@ -183,11 +184,12 @@ def settled(
 
     key, greater_L, ties_L = bracket.low, counts_L3[:, 0], counts_L3[:, 1]
     if not single:
-        ordered = candidates.to(torch.int32) ^ _SIGN_32  # the keys, as signed integers of the same order
-        scores = torch.where(ordered >= 0, ordered, ~(ordered ^ _SIGN_32)).view(torch.float32)
+        ordered = candidates.to(torch.int32).bitwise_xor_(_SIGN_32)  # the keys, as signed integers of the same order
+        scores = (ordered >> 31).bitwise_and_(_BELOW_SIGN_32).bitwise_xor_(ordered).view(torch.float32)
         [ranked] = _ranked_keys([scores], [k - above], 32, group)
         key, above = ranked.key, above + ranked.above
-        place = (candidates >> 32) * 3  # 3 tensor + 0, 1, 2 for below, equal, above
+        del scores  # here memory is at its peak
+        place = (candidates >> 32).mul_(3)  # 3 tensor + 0, 1, 2 for below, equal, above
         place += ordered >= key - 2**31
         place += ordered > key - 2**31
         places_L3 = torch.bincount(place, minlength=3 * len(counts_L3)).view(-1, 3)

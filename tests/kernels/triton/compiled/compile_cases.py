@@ -142,7 +142,7 @@ def cases(target: str) -> dict[str, Case]:
             {"counts": "*i64"},
             streams=False,  # its time goes into atomics
         ),
-        "sample_scores bf16": Case(
+        "select_threshold sample bf16": Case(
             select_threshold.sample_scores_kernel, {"SCORE": tl.bfloat16, **select_threshold.SAMPLE_CONFIG},
             streams=False,  # one score from each run
         ),

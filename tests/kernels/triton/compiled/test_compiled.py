@@ -59,15 +59,9 @@ def test_the_budget_lists_every_kernel_and_no_other():
 def test_no_scalar_that_changes_between_steps_chooses_the_kernel():
     """triton compiles anew where an integer turns 1 or a multiple of 16, or a pointer loses its alignment."""
     changing = {
-        "seed_low",
-        "seed_high",
-        "step_low",
-        "step_high",
-        "n_tensors",
-        "first",
-        "n_partials",
-        "grad_scale_address",
-    }
+        "seed_low", "seed_high", "step_low", "step_high", "n_tensors", "n_chunks", "first", "n_partials",
+        "grad_scale_address", "shift", "prefix_mask", "prefix", "stride", "low", "high", "capacity",
+    }  # fmt: skip
     seen = set()
     for name, case in cases("sm_90").items():
         for param in case.kernel.params:
@@ -76,9 +70,12 @@ def test_no_scalar_that_changes_between_steps_chooses_the_kernel():
                 assert param.do_not_specialize, f"{name}: {param.name}"
             elif not param.is_constexpr:
                 kind = case.types.get(param.name, TYPES.get(param.name, "fp32"))
-                # Sizes of a layer and digits of a radix pass are few; floats are never specialised.
-                few = {"N", "T", "O", "I", "n_chunks", "shift", "prefix_mask", "prefix"}
-                assert kind == "fp32" or kind.startswith("*") or param.name in few, f"{name}: {param.name}"
+                # Sizes and strides of a model's layers are few, and kernels gain by them; floats are never specialised.
+                few = {
+                    "N", "T", "O", "I", "C", "heads", "size", "splits", "split_samples", "split_tokens",
+                    "x_sample", "x_head", "x_token", "dy_sample", "dy_head", "dy_token",
+                }  # fmt: skip
+                assert kind.startswith(("fp32", "*", "tensordesc")) or param.name in few, f"{name}: {param.name}"
     assert seen == changing
 
 
