@@ -129,7 +129,8 @@ def vmap_grad(model: nn.Module, batch: Batch) -> Callable[[], Squares]:
     def work() -> Squares:
         parameters = {name: p.detach() for name, p in model.named_parameters()}
         grads = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, *batch)
-        return {name: grads.pop(name).square_().sum(0) for name in parameters}
+        # Not in place: gradients of an expanded and of an added parameter may share memory.
+        return {name: grads.pop(name).square().sum(0) for name in parameters}
 
     return work
 
