@@ -38,7 +38,7 @@ native: setup
 	$(BIN)/python setup.py build_native
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest -s $(wildcard benchmarks/bench_*.py)
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu_acceptance.py

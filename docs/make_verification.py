@@ -20,8 +20,8 @@ PAGE = ROOT / "docs" / "verification.md"
 RESULTS = ROOT / "benchmarks" / "results"
 TESTS = ROOT / "tests" / "kernels"
 BUDGET = TESTS / "triton" / "compiled" / "budget.json"
-CONTRACT = TESTS / "test_ops.py"
-"""What torch expects of a registered operator; it says nothing about values."""
+CONTRACTS = (TESTS / "test_ops.py", TESTS / "test_contract.py")
+"""What torch and the package's users expect of every operator; they say nothing about values."""
 CHOOSERS = {"precision_update_": ("precision_update_natural_", "precision_update_sgvb_")}
 """Functions that only choose among others by name: testing them tests those, and they have no row of their own."""
 NOT_RUN = "not run"
@@ -43,6 +43,12 @@ compiler does, approximate hardware functions, speed. The tiles of the matrix pr
 tile sizes they are launched with, by the compiler that the GPU would use, without the GPU. Required of each: no
 spilled register; registers and shared memory within `budget.json` (for the triton version it was taken with); every
 pointer offset 64 bits wide; no float64 arithmetic; 16-byte loads where data is streamed. It does not show results.
+
+**CUDA C++** (`csrc/cuda`, the other implementation of `select_threshold`, `collect_bracket`, `key_histogram` and
+`compact`) is in none of these columns. `tests/kernels/cuda/` runs the same source on a CPU, every CUDA thread a fiber
+in seeded random order, against numpy, with every barrier removed once; and compiles it with nvcc, where there is one,
+for sm_80 and sm_90: no spills, no float64, 64-bit addresses, 16-byte loads (`cuda_budget.json`). The emulator does not
+model weak memory order. Not run on a GPU.
 
 **Run on a GPU.** A file in `benchmarks/results/` written by `python benchmarks/gpu_acceptance.py` on the card it
 names: the operator against float64 on fresh random data, twice for the same bits, with more than 2³¹ elements where
@@ -158,7 +164,7 @@ def page(results: Path = RESULTS) -> str:
     folders = functions()
     compiled = kernels(budget, folders)
     runs = gpu_runs(results)
-    tests = [path for path in sorted(TESTS.glob("test_*.py")) if path != CONTRACT]
+    tests = [path for path in sorted(TESTS.glob("test_*.py")) if path not in CONTRACTS]
     references = _calls(filter(uses_both_backends, tests))
     interpreted = _calls(sorted((TESTS / "triton" / "interpreter").glob("test_*.py")))
 

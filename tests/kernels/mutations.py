@@ -1332,7 +1332,7 @@ CPP = (
         "if (first + kept > row.count) return;",
         "",
         "writes more indices than there is room for",
-        native("test_compaction_stays_within_the_memory_a_wrong_threshold_gives_it"),
+        native("test_compaction_stays_within_its_memory"),
     ),
     # collect_bracket, sample_scores
     Mutation(

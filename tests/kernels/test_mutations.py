@@ -18,6 +18,13 @@ def test_every_mistake_can_be_made() -> None:
     assert not problems, "\n".join(problems)
 
 
+def test_every_named_test_exists() -> None:
+    for mutation in MUTATIONS:
+        for test in mutation.tests:
+            file, function = test.split("[")[0].split("::")
+            assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), f"{mutation.name}: {test}"
+
+
 def test_a_text_that_is_gone_or_repeated_is_refused() -> None:
     mutation = mutations.Mutation("a/b/c", "file", "old", "new", "what", "test")
     assert mutation.applied("an old line") == "an new line"
