@@ -513,7 +513,7 @@ TRITON = (
     ),
     Mutation(
         "key_histogram/triton/minus-zero", COMMON,
-        "word = tl.where(word == 0x80000000, 0, word)\n", "", "−0 ranks below +0", NUMBERS_RED, COMPACT_RED,
+        "word = tl.where(word == 0x80000000, 0, word)\n", "word = word\n", "−0 ranks below +0", NUMBERS_RED, COMPACT_RED,
     ),
     Mutation(
         "key_histogram/triton/negative", COMMON,
@@ -930,11 +930,6 @@ CPP = (
         "per_sample_squared_grad/cpp/tile", f"{PACKAGE}/per_sample_squared_grad/native.py",
         "last = min(first + tile, n_out)", "last = min(first + tile - 1, n_out)",
         "leaves out the last row of a tile", native("test_per_sample_squares"),
-    ),
-    Mutation(
-        "per_sample_squared_grad/cpp/autocast", f"{PACKAGE}/per_sample_squared_grad/native.py",
-        'torch.autocast("cpu", enabled=False)', 'torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu"))',
-        "an autocast region reaches the product", native("test_per_sample_squares_ignore_autocast"),
     ),
     Mutation(
         "per_sample_squared_grad/cpp/batch-square", f"{PACKAGE}/per_sample_squared_grad/native.py",

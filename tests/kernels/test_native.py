@@ -673,6 +673,8 @@ def test_half_conversions_agree_with_torch_on_every_bit_pattern(isa):
     edges = torch.tensor(
         [65519.9, 65520.0, 65536.0, 1e10, 2.0**-25, 1.5 * 2.0**-25, -(2.0**-24), 3.4e38, math.inf, math.nan]
     )
+    # The carry of rounding would make these infinity or −0.
+    odd_nan = torch.tensor([0x7F800001, 0x7FFFFFFF, -0x7FFFFF, -1], dtype=torch.int32).view(torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         half = patterns.view(dtype)
         widened = [torch.zeros(2**16)]
@@ -681,7 +683,9 @@ def test_half_conversions_agree_with_torch_on_every_bit_pattern(isa):
         finite = ~half.isnan()
         assert torch.equal(widened[0][finite], half.float()[finite])
         # A step of size zero stores its fp32 master value, rounded.
-        for wide in (half.float() * 1.0003, edges):
+        ordered = half[half.isfinite()].float().sort().values
+        ties = ordered[1:] / 2 + ordered[:-1] / 2  # halfway between neighbours, exactly
+        for wide in (half.float() * 1.0003, edges, ties, odd_nan):
             stored, zeros = torch.zeros(len(wide), dtype=dtype), torch.zeros(len(wide))
             adamw.sparse_adamw_(
                 [stored], [zeros], [torch.arange(len(wide), dtype=torch.int32)], [zeros.clone()], [zeros.clone()],

@@ -29,22 +29,21 @@ def per_sample_squared_grad_(
     tiles = -(-n_out * n_in // (TILE_ELEMENTS * torch.get_num_threads()))
     tile = -(-n_out // max(tiles, 1))  # of equal size: a narrow last one would be slow
     product_OI = torch.empty(tile, n_in, dtype=torch.float32, device="cpu")
-    # A surrounding autocast region would run the product in half precision.
-    with torch.autocast("cpu", enabled=False):
-        wide = x_NHTI.dtype == dy_NHTO.dtype == torch.float32
-        for head in range(heads):
-            # Half inputs are widened one sample at a time: a wide copy of the batch would double their memory.
-            for samples in [range(n_samples)] if wide else [range(n, n + 1) for n in range(n_samples)]:
-                x_all = x_NHTI[samples.start : samples.stop, head].float()
-                dy_all = dy_NHTO[samples.start : samples.stop, head].float()
-                for first in range(0, n_out, max(tile, 1)):
-                    last = min(first + tile, n_out)
-                    grad_OI, accumulator_OI = product_OI[: last - first], accumulator_HOI[head, first:last]
-                    rows = Rows()
-                    rows.add(rows.write(accumulator_OI), rows.read(grad_OI), grad_OI.numel(), DTYPES[torch.float32])
-                    for x_TI, dy_TO in zip(x_all, dy_all, strict=True):
-                        torch.mm(dy_TO[:, first:last].T, x_TI, out=grad_OI)
-                        call("ft_squared_grad_accumulate", rows, weight)
-        if bias_accumulator_HO is not None:
-            for head, bias_accumulator_O in enumerate(bias_accumulator_HO):
-                per_sample_affine_squared_grad_(None, bias_accumulator_O, None, dy_NHTO[:, head], weight)
+    wide = x_NHTI.dtype == dy_NHTO.dtype == torch.float32
+    for head in range(heads):
+        # Half inputs are widened one sample at a time: a wide copy of the batch would double their memory.
+        for samples in [range(n_samples)] if wide else [range(n, n + 1) for n in range(n_samples)]:
+            x_all = x_NHTI[samples.start : samples.stop, head].float()
+            dy_all = dy_NHTO[samples.start : samples.stop, head].float()
+            for first in range(0, n_out, max(tile, 1)):
+                last = min(first + tile, n_out)
+                grad_OI, accumulator_OI = product_OI[: last - first], accumulator_HOI[head, first:last]
+                rows = Rows()
+                rows.add(rows.write(accumulator_OI), rows.read(grad_OI), grad_OI.numel(), DTYPES[torch.float32])
+                for x_TI, dy_TO in zip(x_all, dy_all, strict=True):
+                    # In float32 under autocast, too: products with out= are exempt from it.
+                    torch.mm(dy_TO[:, first:last].T, x_TI, out=grad_OI)
+                    call("ft_squared_grad_accumulate", rows, weight)
+    if bias_accumulator_HO is not None:
+        for head, bias_accumulator_O in enumerate(bias_accumulator_HO):
+            per_sample_affine_squared_grad_(None, bias_accumulator_O, None, dy_NHTO[:, head], weight)
