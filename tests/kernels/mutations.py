@@ -513,7 +513,8 @@ TRITON = (
     ),
     Mutation(
         "key_histogram/triton/minus-zero", COMMON,
-        "word = tl.where(word == 0x80000000, 0, word)\n", "word = word\n", "−0 ranks below +0", NUMBERS_RED, COMPACT_RED,
+        "word = tl.where(word == 0x80000000, 0, word)\n", "word = word\n",
+        "−0 ranks below +0", NUMBERS_RED, COMPACT_RED,
     ),
     Mutation(
         "key_histogram/triton/negative", COMMON,
