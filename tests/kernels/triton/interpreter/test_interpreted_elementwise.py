@@ -120,6 +120,8 @@ def test_rounding_expm1_and_keys():
     small = torch.logspace(-30, 1.9, 500)
     x = torch.cat((torch.tensor(special), small, -small, torch.randn(1038 - len(special))))[:2048].contiguous()
     x = torch.nn.functional.pad(x, (0, 2048 - x.numel()), value=float("nan"))
+    # NaN that a carry of rounding makes infinity or −0.
+    x[-3:] = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
     bf16, em1, key = torch.empty(2048, dtype=torch.bfloat16), torch.empty(2048), torch.empty(2048, dtype=torch.int64)
     _numbers_kernel[(1,)](x, bf16, em1, key, BLOCK=2048)
     finite = ~x.isnan()
