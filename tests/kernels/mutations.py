@@ -1476,7 +1476,7 @@ CPP = (
         "g[j] = widen(grad[i + j]);",
         "g[j] = widen(grad[j]);",
         "every block reads the first compact gradients",
-        reference("test_compact_gradients_and_a_tensor_scale_give_the_same_bits"),
+        native("test_neighbours_step_as_scattered_elements_do"),
     ),
     Mutation(
         "sparse_adamw/cpp/index-range", API,

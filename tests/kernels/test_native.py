@@ -502,6 +502,11 @@ def test_neighbours_step_as_scattered_elements_do(isa, threads, dtype, count):
             param[index.long()], grad[index.long()] = weights.to(dtype), slopes.to(dtype)
             before, state = param.clone(), [mean.clone(), square.clone()]
             adamw.sparse_adamw_([param], [grad], [index], [state[0]], [state[1]], **ADAMW, step=2)
+            if index is far:  # and so do gradients that hold the selected elements alone
+                compact, again = before.clone(), [mean.clone(), square.clone()]
+                lists = [compact], [grad[index.long()]], [index], [again[0]], [again[1]]
+                adamw.sparse_adamw_(*lists, **ADAMW, step=2, compact_grads=True)
+                assert torch.equal(compact, param) and torch.equal(again[0], state[0])
             norm = norms.selected_grad_norm([grad], [index])
             found.append([param[index.long()], *state, norm])
             before[index.long()] = param[index.long()]
