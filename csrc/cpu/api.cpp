@@ -164,7 +164,7 @@ class Collector {
 class Placement {
  public:
   Placement(const Chunks& chunks, const ft_compact_row* rows, int team)
-      : chunks_(chunks), rows_(rows), team_(team), found_(static_cast<size_t>(chunks.count())),
+      : chunks_(chunks), rows_(rows), found_(static_cast<size_t>(chunks.count())),
         offsets_(new uint32_t[static_cast<size_t>(team * (kIndexBuffer + kSlack))]) {}
 
   // One thread's part of the work.
@@ -260,7 +260,6 @@ class Placement {
 
   const Chunks& chunks_;
   const ft_compact_row* const rows_;
-  const int team_;
   std::atomic<int64_t> next_{0};
   std::vector<std::atomic<uint64_t>> found_;  // per chunk: ready, above (31 bits), equal
   std::unique_ptr<uint32_t[]> offsets_;

@@ -47,10 +47,10 @@ static void adamw_range(const ft_adamw_row& row, int64_t begin, int64_t end, con
     const Index* const at = index + i;
     const int64_t ahead = row.count - i - kPrefetch < kGather ? row.count - i - kPrefetch : kGather;
     request<1>(param, at + kPrefetch, ahead);
-    if (!k.compact_grads) request<0>(grad, at + kPrefetch, ahead);
     if (k.compact_grads) {
       for (int64_t j = 0; j < n; ++j) g[j] = widen(grad[i + j]);
     } else {
+      request<0>(grad, at + kPrefetch, ahead);
       gather(grad, at, n, g);
     }
     if (row.master == nullptr) {
